@@ -1,0 +1,125 @@
+#include "common.h"
+
+#include <array>
+
+namespace llmcore {
+
+std::string dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "scalar type " + std::to_string(static_cast<int>(t));
+  }
+}
+
+std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+DType float_dtype(const Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: fail(what, " has dtype ", dtype_name(t.scalar_type()), "; accepted: float32, bfloat16, float16");
+  }
+}
+
+void check_cpu(const Tensor& t, const char* what) {
+  LLMCORE_CHECK(t.is_cpu(), what, " is not on the CPU, but the other tensors are; all must be on one device");
+}
+
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* what, const char* like_what) {
+  LLMCORE_CHECK(t.scalar_type() == like.scalar_type(), what, " has dtype ", dtype_name(t.scalar_type()), ", but ",
+                like_what, " has ", dtype_name(like.scalar_type()), "; they must be equal");
+}
+
+void check_dim(const Tensor& t, int64_t dim, const char* what, const char* shape) {
+  LLMCORE_CHECK(t.dim() == dim, what, " has shape ", shape_text(t), "; expected ", shape);
+}
+
+void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* what) {
+  bool ok = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t s : shape) ok = ok && t.size(i++) == s;
+  if (ok) return;
+  std::ostringstream expected;
+  for (int64_t s : shape) expected << (expected.tellp() > 0 ? ", " : "") << s;
+  fail(what, " has shape ", shape_text(t), "; expected (", expected.str(), ")");
+}
+
+void check_dtype(const Tensor& t, ScalarType dtype, const char* what) {
+  LLMCORE_CHECK(t.scalar_type() == dtype, what, " has dtype ", dtype_name(t.scalar_type()), "; expected ",
+                dtype_name(dtype));
+}
+
+Tensor last_dim_contiguous(const Tensor& t) {
+  return t.dim() == 0 || t.size(-1) == 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+std::optional<int64_t> row_stride(const Tensor& t) {
+  const int64_t dims = t.dim();
+  if (dims == 0 || (t.size(dims - 1) > 1 && t.stride(dims - 1) != 1)) return std::nullopt;
+  std::optional<int64_t> stride;  // of the innermost leading dimension longer than 1
+  int64_t expected = 0;
+  for (int64_t d = dims - 2; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (!stride) {
+      stride = t.stride(d);
+      expected = *stride * t.size(d);
+    } else if (t.stride(d) == expected) {
+      expected *= t.size(d);
+    } else {
+      return std::nullopt;
+    }
+  }
+  return stride.value_or(t.size(dims - 1));
+}
+
+Rows as_rows(const Tensor& t) {
+  LLMCORE_CHECK(t.dim() >= 1, "expected a tensor of at least one dimension, got a scalar");
+  const int64_t dim = t.size(-1), rows = dim == 0 ? 0 : t.numel() / dim;
+  if (auto stride = row_stride(t)) return {t, rows, dim, *stride};
+  return {torch::stable::contiguous(t), rows, dim, dim};
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+}
+
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
+  return torch::stable::new_zeros(like, {shape.begin(), shape.size()}, dtype);
+}
+
+Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype) {
+  std::vector<int64_t> shape(like.dim());
+  for (int64_t i = 0; i < like.dim(); ++i) shape[i] = like.size(i);
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+Tensor sum_partials(const Tensor& partials, ScalarType dtype) {
+  const std::array<int64_t, 1> first{0};
+  return torch::stable::sum(partials, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1), false, dtype);
+}
+
+Parallel torch_parallel() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t workers, void* ctx, void (*body)(void*, int64_t)) {
+            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t w = begin; w < end; ++w) body(ctx, w);
+            });
+          }};
+}
+
+}  // namespace llmcore

@@ -1,0 +1,71 @@
+// What every binding shares: argument checks, dtype names, and torch's thread pool as a llmcore::Parallel.
+// Bindings see torch only through the LibTorch stable ABI (https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html).
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "llmcore/dtype.h"
+#include "llmcore/parallel.h"
+
+namespace llmcore {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// LLMCORE_CHECK(cond, "rms_norm: ", ...): throws a RuntimeError that names the value and what is accepted.
+#define LLMCORE_CHECK(cond, ...)             \
+  do {                                       \
+    if (!(cond)) ::llmcore::fail(__VA_ARGS__); \
+  } while (0)
+
+std::string dtype_name(ScalarType t);    // "float32"
+std::string shape_text(const Tensor& t); // "(2, 3)"
+
+// The kernel's dtype of a floating-point CPU tensor; an error that names `what` for any other dtype.
+DType float_dtype(const Tensor& t, const char* what);
+void check_cpu(const Tensor& t, const char* what);
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* what, const char* like_what);
+void check_dim(const Tensor& t, int64_t dim, const char* what, const char* shape);
+void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* what);
+void check_dtype(const Tensor& t, ScalarType dtype, const char* what);
+
+// The tensor itself if its last dimension is contiguous, else a contiguous copy.
+Tensor last_dim_contiguous(const Tensor& t);
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// One stride for all leading dimensions, when (d0, ..., dk, dim) can be walked as rows of `dim`: nullopt when not.
+std::optional<int64_t> row_stride(const Tensor& t);
+// t as rows of its last dimension: t itself when one stride walks them, else a contiguous copy.
+struct Rows {
+  Tensor tensor;
+  int64_t rows, dim, stride;
+};
+Rows as_rows(const Tensor& t);
+
+// A new tensor on `like`'s device.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = std::nullopt);
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = std::nullopt);
+Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt);  // contiguous
+
+// (workers, ...) float32 partial sums -> their sum over the first dimension, in `dtype`.
+Tensor sum_partials(const Tensor& partials, ScalarType dtype);
+
+Parallel torch_parallel();
+
+}  // namespace llmcore

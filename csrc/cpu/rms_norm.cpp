@@ -1,0 +1,90 @@
+#include "llmcore/rms_norm.h"
+
+#include "simd/simd.h"
+
+namespace llmcore {
+namespace cpu {
+namespace LLMCORE_ISA {
+namespace {
+
+constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
+
+LLMCORE_INLINE int64_t row_grain(int64_t dim) { return kGrainElements / dim + 1; }
+
+template <class T>
+void forward(const RmsNormParams& p, const Parallel& par) {
+  const T* weight = static_cast<const T*>(p.weight);
+  parallel_ranges(par, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
+      const T* residual = p.residual ? static_cast<const T*>(p.residual) + r * p.residual_stride : nullptr;
+      T* y = static_cast<T*>(p.y) + r * p.dim;
+      T* z = p.residual ? static_cast<T*>(p.z) + r * p.dim : nullptr;
+      vf sum = zero();
+      for (int64_t i = 0; i < p.dim; i += kLanes) {
+        const int64_t n = p.dim - i;
+        vf v = load_n(x + i, n);
+        if (residual) {
+          v += load_n(residual + i, n);
+          store_n(z + i, v, n);
+          v = load_n(z + i, n);  // what the next layer will see: rounded to the dtype
+        }
+        sum = fma(v, v, sum);
+      }
+      const float mean = reduce_sum(sum) / static_cast<float>(p.dim);
+      const float rstd = 1.f / __builtin_sqrtf(mean + p.eps);
+      p.rstd[r] = rstd;
+      const T* in = residual ? z : x;
+      for (int64_t i = 0; i < p.dim; i += kLanes) {
+        const int64_t n = p.dim - i;
+        store_n(y + i, load_n(in + i, n) * rstd * load_n(weight + i, n), n);
+      }
+    }
+  });
+}
+
+// With xhat = z * rstd and g = dy * weight: dz = rstd * (g - xhat * mean(g * xhat)); dweight = sum_rows dy * xhat.
+template <class T>
+void backward(const RmsNormBackwardParams& p, const Parallel& par) {
+  const T* weight = static_cast<const T*>(p.weight);
+  const int64_t workers = par.threads;
+  // One contiguous range per worker, so that the weight gradient is summed in the same order in every run.
+  parallel_tasks(par, workers, [&](int64_t w, int64_t) {
+    float* dweight = p.dweight_partial + w * p.dim;
+    for (int64_t r = p.rows * w / workers; r < p.rows * (w + 1) / workers; ++r) {
+      const T* dy = static_cast<const T*>(p.dy) + r * p.dy_stride;
+      const T* dz = p.dz ? static_cast<const T*>(p.dz) + r * p.dz_stride : nullptr;
+      const T* z = static_cast<const T*>(p.z) + r * p.z_stride;
+      T* dx = static_cast<T*>(p.dx) + r * p.dim;
+      const float rstd = p.rstd[r];
+      vf dot = zero();
+      for (int64_t i = 0; i < p.dim; i += kLanes) {
+        const int64_t n = p.dim - i;
+        const vf xhat = load_n(z + i, n) * rstd, d = load_n(dy + i, n);
+        store_n(dweight + i, fma(d, xhat, load_n(dweight + i, n)), n);
+        dot = fma(d * load_n(weight + i, n), xhat, dot);
+      }
+      const float mean = reduce_sum(dot) / static_cast<float>(p.dim);
+      for (int64_t i = 0; i < p.dim; i += kLanes) {
+        const int64_t n = p.dim - i;
+        vf g = rstd * (load_n(dy + i, n) * load_n(weight + i, n) - load_n(z + i, n) * (rstd * mean));
+        if (dz) g += load_n(dz + i, n);
+        store_n(dx + i, g, n);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void rms_norm_forward(const RmsNormParams& p, const Parallel& par) {
+  LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<T>(p, par))
+}
+
+void rms_norm_backward(const RmsNormBackwardParams& p, const Parallel& par) {
+  LLMCORE_DISPATCH_FLOAT(p.dtype, T, backward<T>(p, par))
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+}  // namespace llmcore

@@ -1,0 +1,273 @@
+// The SIMD layer: one vector of floats as wide as the instruction set, written with the compiler's vector extensions
+// (GCC and Clang), so that the same kernel source serves AVX2, AVX-512 and plain C++. Intrinsics stand only where the
+// extensions have no word: fp16 and bf16 conversion, and the bf16 dot product. (The maskz forms with a full mask are
+// the plain instructions: GCC 12 warns of an uninitialised operand in its own definition of the plain forms.)
+//
+// Everything is inline in the instruction set's own namespace (see cmake/check_isa_objects.py for why).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "llmcore/dtype.h"
+
+#define LLMCORE_INLINE inline __attribute__((always_inline))
+
+namespace llmcore {
+namespace cpu {
+namespace LLMCORE_ISA {
+
+#if defined(__AVX512F__) || defined(LLMCORE_EMULATE_AVX512BF16)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// kHasBf16Dot: dot_bf16() runs at twice the rate of fma() on floats, so bf16 products are worth doing in bf16.
+#if defined(__AVX512BF16__) || defined(LLMCORE_EMULATE_AVX512BF16)
+constexpr bool kHasBf16Dot = true;
+#else
+constexpr bool kHasBf16Dot = false;
+#endif
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef int8_t vb __attribute__((vector_size(kLanes)));
+
+template <class To, class From>
+LLMCORE_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between sizes");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+LLMCORE_INLINE vf set1(float x) { return x - vf{}; }
+LLMCORE_INLINE vf zero() { return vf{}; }
+LLMCORE_INLINE vi set1_i(int32_t x) { return x - vi{}; }
+LLMCORE_INLINE vi iota() {
+  vi v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// ---- scalars -------------------------------------------------------------------------------------------------------
+
+LLMCORE_INLINE float to_float(float x) { return x; }
+LLMCORE_INLINE float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+LLMCORE_INLINE float to_float(int8_t x) { return static_cast<float>(x); }
+LLMCORE_INLINE float to_float(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, mag = x.bits & 0x7fff;
+  if (mag >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | ((mag & 0x3ff) << 13));         // inf, NaN
+  if (mag < 0x400) return (sign ? -1.f : 1.f) * static_cast<float>(mag) * 5.9604644775390625e-8f;  // subnormal
+  return bit_cast<float>(sign | ((mag << 13) + (112u << 23)));
+#endif
+}
+
+template <class T>
+T from_float(float x);
+template <>
+LLMCORE_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <>
+LLMCORE_INLINE bf16 from_float<bf16>(float x) {  // round to nearest even, NaN stays NaN
+  const uint32_t u = bit_cast<uint32_t>(x);
+  if (x != x) return bf16{static_cast<uint16_t>((u >> 16) | 0x40)};
+  return bf16{static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <>
+LLMCORE_INLINE f16 from_float<f16>(float x) {
+#if defined(__F16C__)
+  return f16{static_cast<uint16_t>(_cvtss_sh(x, 0))};
+#else
+  const uint32_t u = bit_cast<uint32_t>(x);
+  const uint32_t sign = (u >> 16) & 0x8000, mag = u & 0x7fffffff;
+  if (mag > 0x7f800000) return f16{static_cast<uint16_t>(sign | 0x7e00 | ((mag >> 13) & 0x3ff))};
+  if (mag >= 0x47800000) return f16{static_cast<uint16_t>(sign | 0x7c00)};
+  if (mag < 0x38800000) {  // subnormal result: let float addition do the rounding
+    const float shifted = bit_cast<float>(mag) + 0.5f;
+    return f16{static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+  }
+  return f16{static_cast<uint16_t>(sign | ((mag - (112u << 23) + 0xfff + ((mag >> 13) & 1)) >> 13))};
+#endif
+}
+
+// ---- loads and stores: unaligned; the _n forms touch only the first n lanes (0 <= n <= kLanes), the rest reads 0 ----
+
+LLMCORE_INLINE vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+LLMCORE_INLINE vf load(const bf16* p) {
+  vh h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return bit_cast<vf>(__builtin_convertvector(h, vu) << 16);
+}
+LLMCORE_INLINE vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+LLMCORE_INLINE vf load(const int8_t* p) {
+  vb b;
+  __builtin_memcpy(&b, p, sizeof(b));
+  return __builtin_convertvector(b, vf);
+}
+
+// bf16 bits of x in the low half of each 32-bit lane, rounded to nearest even
+LLMCORE_INLINE vu bf16_bits(vf x) {
+  const vu u = bit_cast<vu>(x);
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return x == x ? rounded : ((u >> 16) | 0x40);
+}
+
+LLMCORE_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof(x)); }
+LLMCORE_INLINE void store(bf16* p, vf x) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  const __m256i u = (__m256i)bf16_bits(x);  // GCC 12 narrows by scalar moves; two instructions do it
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+#else
+  const vh h = __builtin_convertvector(bf16_bits(x), vh);
+  __builtin_memcpy(p, &h, sizeof(h));
+#endif
+}
+LLMCORE_INLINE void store(f16* p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
+#elif defined(__F16C__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<f16>(x[i]);
+#endif
+}
+
+template <class T>
+LLMCORE_INLINE vf load_n(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T buf[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) buf[i] = p[i];
+  return load(buf);
+}
+template <class T>
+LLMCORE_INLINE void store_n(T* p, vf x, int64_t n) {
+  if (n >= kLanes) {
+    store(p, x);
+    return;
+  }
+  T buf[kLanes];
+  store(buf, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = buf[i];
+}
+
+// ---- arithmetic ----------------------------------------------------------------------------------------------------
+
+LLMCORE_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: -ffp-contract=fast
+LLMCORE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }     // b when either is NaN, as maxps
+LLMCORE_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+LLMCORE_INLINE vf abs(vf a) { return bit_cast<vf>(bit_cast<vu>(a) & 0x7fffffffu); }
+LLMCORE_INLINE vf copysign(vf mag, vf sign) {
+  return bit_cast<vf>((bit_cast<vu>(mag) & 0x7fffffffu) | (bit_cast<vu>(sign) & 0x80000000u));
+}
+LLMCORE_INLINE vf sqrt(vf a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)a);
+#elif defined(__AVX2__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  return (vf)_mm256_sqrt_ps((__m256)a);
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(a[i]);
+  return v;
+#endif
+}
+
+// A fixed tree, so that a sum does not depend on the compiler.
+LLMCORE_INLINE float reduce_sum(vf x) {
+  float t[kLanes];
+  store(t, x);
+  for (int w = kLanes / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) t[i] += t[i + w];
+  return t[0];
+}
+LLMCORE_INLINE float reduce_max(vf x) {
+  float t[kLanes];
+  store(t, x);
+  for (int w = kLanes / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
+  return t[0];
+}
+
+// 2^f for |f| <= 0.5, relative error 1.7e-7: the polynomial of Cephes' exp2f.
+LLMCORE_INLINE vf exp2_fraction(vf f) {
+  vf p = fma(set1(1.535336188319500e-4f), f, set1(1.339887440266574e-3f));
+  p = fma(p, f, set1(9.618437357674640e-3f));
+  p = fma(p, f, set1(5.550332471162809e-2f));
+  p = fma(p, f, set1(2.402264791363012e-1f));
+  p = fma(p, f, set1(6.931472028550421e-1f));
+  return fma(p, f, set1(1.f));
+}
+constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds a float to the nearest integer
+
+// 2^x, relative error below 2.5e-7; overflows to inf, underflows gradually, NaN stays NaN.
+LLMCORE_INLINE vf exp2(vf x) {
+  vf c = x < -152.f ? set1(-152.f) : x;
+  c = c > 130.f ? set1(130.f) : c;
+  const vf shifted = c + kRoundMagic;
+  const vf p = exp2_fraction(c - (shifted - kRoundMagic));
+  const vi n = bit_cast<vi>(shifted) - 0x4b400000;
+  const vi half = n >> 1;  // in two factors, so that each is a normal number
+  return p * bit_cast<vf>((half + 127) << 23) * bit_cast<vf>((n - half + 127) << 23);
+}
+
+// 2^x for x <= 0 as softmax needs it: results below 2^-126 are exactly 0, -inf included. NaN stays NaN.
+LLMCORE_INLINE vf exp2_nonpositive(vf x) {
+  const vf c = x < -127.f ? set1(-127.f) : x;
+  const vf shifted = c + kRoundMagic;
+  const vf p = exp2_fraction(c - (shifted - kRoundMagic));
+  return p * bit_cast<vf>((bit_cast<vu>(shifted) << 23) + (127u << 23));  // n = -127 makes the factor 0
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+LLMCORE_INLINE vf exp(vf x) {
+  // x * log2(e) loses digits for large |x|: carry the low part of the product
+  const vf hi = x * kLog2e;
+  const vf lo = fma(x, set1(kLog2e), -hi);
+  return exp2(hi) * fma(lo == lo ? lo : zero(), set1(kLn2), set1(1.f));
+}
+LLMCORE_INLINE vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
+
+// tanh, relative error below 4e-7: Cephes' odd polynomial near 0, else 1 - 2 / (e^2|x| + 1).
+LLMCORE_INLINE vf tanh(vf x) {
+  const vf a = abs(x), z = x * x;
+  vf p = fma(set1(-5.70498872745e-3f), z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const vf near = fma(p * z, x, x);
+  const vf far = copysign(1.f - 2.f / (exp2(a * (2.f * kLog2e)) + 1.f), x);
+  return a < 0.625f ? near : (x == x ? far : x);
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+}  // namespace llmcore

@@ -1,0 +1,67 @@
+// How a CPU kernel runs in parallel: the binding hands in torch's own thread pool, so that the process holds one pool.
+#pragma once
+#include <cstdint>
+
+namespace llmcore {
+
+struct Parallel {
+  int threads;  // how many workers `run` may use, >= 1
+  // Calls body(ctx, w) once for every w in [0, workers), on up to `threads` threads, and returns when all are done.
+  // Calls nested in a body run serially.
+  void (*run)(int64_t workers, void* ctx, void (*body)(void* ctx, int64_t worker));
+};
+
+// Compiled into every kernel file; in an instruction-set namespace so that no copy is shared between instruction sets.
+#ifdef LLMCORE_ISA
+namespace cpu {
+namespace LLMCORE_ISA {
+
+// f(begin, end): contiguous ranges of [0, n), at least `grain` long, one per thread. For work of even cost.
+template <class F>
+inline void parallel_ranges(const Parallel& par, int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  int64_t workers = (n + grain - 1) / grain;
+  if (workers > par.threads) workers = par.threads;
+  if (workers <= 1) {
+    f(int64_t{0}, n);
+    return;
+  }
+  struct Ctx {
+    const F* f;
+    int64_t n, workers;
+  } ctx{&f, n, workers};
+  par.run(workers, &ctx, [](void* c, int64_t w) {
+    auto& x = *static_cast<Ctx*>(c);
+    (*x.f)(x.n * w / x.workers, x.n * (w + 1) / x.workers);
+  });
+}
+
+// f(task, worker): tasks 0..n-1 handed out one by one in order, so that uneven tasks balance (put the heaviest first).
+// `worker` < par.threads indexes per-worker scratch.
+template <class F>
+inline void parallel_tasks(const Parallel& par, int64_t n, const F& f) {
+  if (n <= 0) return;
+  int64_t workers = n < par.threads ? n : par.threads;
+  if (workers <= 1) {
+    for (int64_t i = 0; i < n; ++i) f(i, int64_t{0});
+    return;
+  }
+  struct Ctx {
+    const F* f;
+    int64_t n, next;
+  } ctx{&f, n, 0};
+  par.run(workers, &ctx, [](void* c, int64_t w) {
+    auto& x = *static_cast<Ctx*>(c);
+    for (;;) {
+      int64_t i = __atomic_fetch_add(&x.next, 1, __ATOMIC_RELAXED);
+      if (i >= x.n) return;
+      (*x.f)(i, w);
+    }
+  });
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+#endif
+
+}  // namespace llmcore

@@ -1,0 +1,16 @@
+"""The public ops. Each has a CPU kernel (and a CUDA kernel where one is built), autograd, a fake kernel for
+torch.compile, and a pure-torch reference of the same signature in `llmcore.reference`."""
+
+from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
+from llmcore.ops.rms_norm import rms_norm
+
+__all__ = [
+    "BackendFallbackWarning",
+    "OpSpec",
+    "Sample",
+    "backend",
+    "explain",
+    "registry",
+    "rms_norm",
+    "support",
+]

@@ -1,0 +1,161 @@
+"""The registry of ops: one `OpSpec` per op, from which dispatch, the support matrix, tests and benchmarks follow.
+
+A public op in `llmcore.ops` decides by `chosen_backend(spec, ...)` between its kernel (`torch.ops.llmcore.<name>`,
+registered with the torch dispatcher for CPU and CUDA) and its pure-torch reference. The decision is a table look-up;
+`llmcore.explain("name", tensor)` prints it with its reason, `llmcore.ops.support()` prints the whole table.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "kernel", "reference")
+
+
+class BackendFallbackWarning(UserWarning):
+    """An op took its reference implementation because no kernel serves the call."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op: `op(*args, **kwargs)`. `differentiable` holds the positions in args and names in kwargs whose
+    gradients are checked; `poison` marks samples that hold NaN where nothing may be read."""
+
+    label: str
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+    differentiable: tuple[int | str, ...] = ()
+    poison: bool = False
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What tests, benchmarks and the support matrix need to know of an op.
+
+    Attributes:
+        name: the public name, `llmcore.ops.<name>`; also its key in the registry.
+        op: the public function.
+        reference: the function of the same signature in `llmcore.reference`.
+        torch_ops: names under `torch.ops.llmcore` that it calls, the forward op first.
+        dtypes: per device type, the dtypes that its kernel serves.
+        features: what the op does, in a few words each, for the support matrix.
+        samples: (dtype, device) -> the calls on which kernel and reference are compared: odd shapes, strided views,
+            empty inputs and poison among them. Small: the whole registry is checked in a few minutes.
+        benchmarks: () -> labelled larger calls for `bench/`, or None when the op is not worth timing.
+        peer: torch's own way to the same result, called as the op is, or None.
+        flops: sample -> floating-point operations of the forward pass; None for memory-bound ops.
+        bytes: sample -> bytes that must move in the forward pass.
+        compare: output -> tuple of tensors to compare (default: all floating-point tensor outputs, and equality for
+            integer ones).
+    """
+
+    name: str
+    op: Callable
+    reference: Callable
+    torch_ops: tuple[str, ...]
+    samples: Callable[[torch.dtype, str], Iterator[Sample]]
+    dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=lambda: {"cpu": FLOATS})
+    features: tuple[str, ...] = ()
+    benchmarks: Callable[[torch.dtype, str], Iterator[Sample]] | None = None
+    peer: Callable | None = None
+    flops: Callable[[Sample], float] | None = None
+    bytes: Callable[[Sample], float] | None = None
+    compare: Callable | None = None
+
+
+registry: dict[str, OpSpec] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    registry[spec.name] = spec
+    return spec
+
+
+_override = "auto"  # process-wide, so that torch.compile can guard on it
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Overrides the backend of every op in the block, process-wide.
+
+    Args:
+        name: "reference" (pure torch), "kernel" (an error where no kernel serves the call), or "auto".
+    """
+    global _override
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def _kernel_refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """None when a kernel serves op `name` on `device` in `dtype`, else why not."""
+    spec = registry[name]
+    served = spec.dtypes.get(device)
+    if served is None:
+        return f"there is no {device} kernel of {name}; kernels: {', '.join(spec.dtypes)}"
+    if dtype not in served:
+        return f"the {device} kernel of {name} serves {', '.join(map(_short, served))}, not {_short(dtype)}"
+    return None
+
+
+_decisions: dict[tuple[str, str, torch.dtype], bool] = {}  # (op, device, dtype) -> is a kernel there?
+
+
+def use_kernel(name: str, x: Tensor) -> bool:
+    """Whether a call of op `name` whose main argument is `x` takes the kernel. float64 takes the reference by design;
+    any other fall-back warns once."""
+    if _override == "reference":
+        return False
+    key = (name, x.device.type, x.dtype)
+    served = _decisions.get(key)
+    if served is None:
+        refusal = _kernel_refusal(*key)
+        if refusal and x.dtype != torch.float64 and _override == "auto":
+            warnings.warn(f"{refusal}; using the reference", BackendFallbackWarning, stacklevel=3)
+        served = _decisions[key] = refusal is None
+    if not served and _override == "kernel":
+        raise RuntimeError(_kernel_refusal(*key))
+    return served
+
+
+def explain(name: str, x: Tensor) -> str:
+    """Which backend `llmcore.ops.<name>` takes for an argument like `x`, and why not the others."""
+    if name not in registry:
+        raise ValueError(f"no op is called {name!r}; ops: {', '.join(sorted(registry))}")
+    refusal = _kernel_refusal(name, x.device.type, x.dtype)
+    lines = []
+    if _override == "reference":
+        lines.append(f"{name}: reference, because of llmcore.backend('reference')")
+    elif refusal is None:
+        from llmcore import _C
+
+        where = f"instruction set {_C.active_cpu_isa()}" if x.device.type == "cpu" else "CUDA"
+        lines.append(f"{name}: kernel on {x.device.type} in {_short(x.dtype)} ({where})")
+    else:
+        lines.append(f"{name}: reference, because {refusal}")
+    return "\n".join(lines)
+
+
+def support() -> dict[str, dict[str, list[str]]]:
+    """op -> backend ("cpu", "cuda", "reference") -> dtypes it serves, from the table that dispatch uses."""
+    table = {}
+    for name, spec in sorted(registry.items()):
+        row = {device: [_short(d) for d in dtypes] for device, dtypes in spec.dtypes.items()}
+        row["reference"] = [*(_short(d) for d in FLOATS), "float64"]
+        table[name] = row
+    return table
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,9 @@
+"""Pure-torch references: the same signatures as `llmcore.ops`, and what every kernel must compute.
+
+They import torch only, are differentiable through torch's autograd, run in any floating dtype on any device, and are
+written to be read; speed is not their business.
+"""
+
+from llmcore.reference.norms import rms_norm
+
+__all__ = ["rms_norm"]

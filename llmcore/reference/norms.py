@@ -1,0 +1,21 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `llmcore.ops.rms_norm`."""
+    z = x if residual is None else x + residual
+    wide = z.to(_compute_dtype(x))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = (y * weight.to(wide.dtype)).to(x.dtype)
+    return y if residual is None else (y, z)

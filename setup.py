@@ -1,0 +1,94 @@
+"""Drives CMakeLists.txt, the one build description. `pip install .` is all a user needs.
+
+Environment:
+    LLMCORE_CUDA=auto|on|off   auto (default): build the CUDA kernels when nvcc is there and torch was built for CUDA;
+                               on: whenever nvcc is there, an error if it is not; off: never.
+    LLMCORE_SANITIZE=address,undefined   sanitizers for the C++ code (for tests; the process must preload libasan).
+    LLMCORE_CMAKE_ARGS="..."   further arguments for CMake, such as -DLLMCORE_WERROR=ON.
+    MAX_JOBS=N                 compile jobs; by default one per core, and no more than one per 2 GiB of free memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def bounded_jobs() -> int:
+    """One job per usable core, bounded by memory: a kernel translation unit peaks below 2 GiB."""
+    if "MAX_JOBS" in os.environ:
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return cores
+    return max(1, min(cores, free_bytes // (2 << 30)))
+
+
+def cuda_decision() -> tuple[bool, str]:
+    """(build CUDA?, the reason that is printed and kept in the build info)."""
+    import torch
+
+    mode = os.environ.get("LLMCORE_CUDA", "auto").lower()
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if mode not in ("auto", "on", "off"):
+        raise SystemExit(f"LLMCORE_CUDA={mode!r}: expected auto, on or off")
+    if mode == "off":
+        return False, "LLMCORE_CUDA=off"
+    if not nvcc:
+        if mode == "on":
+            raise SystemExit("LLMCORE_CUDA=on, but nvcc was not found on PATH or in /usr/local/cuda/bin")
+        return False, "nvcc was not found"
+    if mode == "auto" and torch.version.cuda is None:
+        return False, f"torch {torch.__version__} was built without CUDA (LLMCORE_CUDA=on builds the kernels anyway)"
+    return True, f"{nvcc}, torch CUDA {torch.version.cuda}"
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+        import torch
+
+        started = time.monotonic()
+        use_cuda, why = cuda_decision()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build_dir),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DLLMCORE_TORCH_DIR={Path(torch.__file__).parent}",
+            f"-DLLMCORE_TORCH_VERSION={torch.__version__}",
+            f"-DLLMCORE_CUDA={'ON' if use_cuda else 'OFF'}",
+            f"-DLLMCORE_CUDA_REASON={why}",
+            f"-DLLMCORE_SANITIZE={os.environ.get('LLMCORE_SANITIZE', '')}",
+            f"-DLLMCORE_OUTPUT_DIR={target.parent}",
+            f"-DLLMCORE_OUTPUT_NAME={target.name}",
+            *shlex.split(os.environ.get("LLMCORE_CMAKE_ARGS", "")),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build_dir), "-j", str(bounded_jobs())], check=True)
+        summary = (build_dir / "llmcore_build_summary.txt").read_text().strip()
+        print(f"llmcore: built {summary} in {time.monotonic() - started:.0f} s")
+
+
+setup(ext_modules=[Extension("llmcore._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
