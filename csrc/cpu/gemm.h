@@ -20,6 +20,7 @@ constexpr int kTileRows = 12, kPanelVectors = 2;  // 24 of 32 registers
 constexpr int kTileRows = 6, kPanelVectors = 2;  // 12 of 16 registers
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;  // columns of B in one panel
+constexpr int64_t kChainSteps = 128;            // products summed in one chain before they meet the rest
 
 LLMCORE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -48,7 +49,7 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
                                const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
   vf acc[R][Vectors];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < Vectors; ++j) acc[r][j] = accumulate ? load(c + r * c_stride + j * kLanes) : zero();
+    for (int j = 0; j < Vectors; ++j) acc[r][j] = zero();
   for (int64_t s = 0; s < steps; ++s) {
     decltype(Product::load_b(b)) bv[Vectors];
     for (int j = 0; j < Vectors; ++j) bv[j] = Product::load_b(b + j * kLanes);
@@ -58,8 +59,12 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
     a += a_step;
     b += kPanel;
   }
+  // Added at the end, not carried through: short chains of additions lose less.
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < Vectors; ++j) store(c + r * c_stride + j * kLanes, acc[r][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      float* to = c + r * c_stride + j * kLanes;
+      store(to, accumulate ? acc[r][j] + load(to) : acc[r][j]);
+    }
 }
 
 // `rows` <= kTileRows. Rows = true: a is row-major (a_row is the row stride, steps are adjacent); false: a is column-
@@ -90,18 +95,21 @@ inline void micro(int rows, int64_t steps, const typename Product::Elem* a, int6
 #undef LLMCORE_ROWS
 }
 
-// c (rows, panels * kPanel) (+)= a * b, b packed in panels of (steps, kPanel). See micro() for a.
-// Column-major a is one block whose rows are adjacent: row r of step s at a[s * a_stride + r].
+// c (rows, panels * kPanel) (+)= a * b. b: panels of (>= steps, kPanel), `panel_stride` elements apart. Row-major a:
+// element (r, s) at a[r * a_stride + s]; column-major: a[s * a_stride + r].
 template <class Product, bool RowMajor>
 inline void multiply_panels(int64_t rows, int64_t panels, int64_t steps, const typename Product::Elem* a,
-                            int64_t a_stride, const typename Product::Elem* b, float* c, int64_t c_stride,
-                            bool accumulate) {
+                            int64_t a_stride, const typename Product::Elem* b, int64_t panel_stride, float* c,
+                            int64_t c_stride, bool accumulate) {
   for (int64_t j = 0; j < panels; ++j)
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int tile = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-      micro<Product, RowMajor>(tile, steps, a + (RowMajor ? r * a_stride : r), a_stride, b + j * steps * kPanel,
-                               c + r * c_stride + j * kPanel, c_stride, accumulate);
-    }
+    for (int64_t r = 0; r < rows; r += kTileRows)
+      for (int64_t s = 0; s < steps; s += kChainSteps) {
+        const int tile = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
+        const int64_t count = steps - s < kChainSteps ? steps - s : kChainSteps;
+        micro<Product, RowMajor>(tile, count, a + (RowMajor ? r * a_stride + s : s * a_stride + r), a_stride,
+                                 b + j * panel_stride + s * kPanel, c + r * c_stride + j * kPanel, c_stride,
+                                 accumulate || s > 0);
+      }
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """The public ops. Each has a CPU kernel (and a CUDA kernel where one is built), autograd, a fake kernel for
 torch.compile, and a pure-torch reference of the same signature in `llmcore.reference`."""
 
+from llmcore.ops.attention import attention, paged_attention
+from llmcore.ops.block_mask import BlockMask
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 
 __all__ = [
     "BackendFallbackWarning",
+    "BlockMask",
     "OpSpec",
     "Sample",
+    "attention",
     "backend",
     "explain",
+    "paged_attention",
     "registry",
     "rms_norm",
     "support",
