@@ -4,6 +4,7 @@ They import torch only, are differentiable through torch's autograd, run in any 
 written to be read; speed is not their business.
 """
 
+from llmcore.reference.attention import attention, paged_attention
 from llmcore.reference.norms import rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["attention", "paged_attention", "rms_norm"]

@@ -268,6 +268,51 @@ LLMCORE_INLINE vf tanh(vf x) {
   return a < 0.625f ? near : (x == x ? far : x);
 }
 
+// ---- shuffles ------------------------------------------------------------------------------------------------------
+
+// a0 b0 a1 b1 ... from the lower (Half = 0) or upper (Half = 1) halves of a and b
+template <int Half>
+LLMCORE_INLINE vu zip(vu a, vu b) {
+  constexpr int h = Half * kLanes / 2;
+#if defined(__AVX512F__) || defined(LLMCORE_EMULATE_AVX512BF16)
+  const vi mask = {h, h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19,
+                   h + 4, h + 20, h + 5, h + 21, h + 6, h + 22, h + 7, h + 23};
+#elif defined(__AVX2__)
+  const vi mask = {h, h + 8, h + 1, h + 9, h + 2, h + 10, h + 3, h + 11};
+#else
+  const vi mask = {h, h + 4, h + 1, h + 5};
+#endif
+#if defined(__clang__)
+  vu r;
+  for (int i = 0; i < kLanes; ++i) r[i] = mask[i] < kLanes ? a[mask[i]] : b[mask[i] - kLanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, mask);
+#endif
+}
+
+// Transposes a kLanes x kLanes matrix of 32-bit elements held in rows[]: log2(kLanes) rounds of perfect shuffles.
+LLMCORE_INLINE void transpose(vu (&rows)[kLanes]) {
+  vu next[kLanes];
+  for (int round = 1; round < kLanes; round *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = zip<0>(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = zip<1>(rows[i], rows[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// acc[i] + a[i].lo * b[i].lo + a[i].hi * b[i].hi, where each 32-bit lane of a and b holds two bf16.
+LLMCORE_INLINE vf dot_bf16(vf acc, vu a, vu b) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  acc = fma(bit_cast<vf>(a & 0xffff0000u), bit_cast<vf>(b & 0xffff0000u), acc);
+  return fma(bit_cast<vf>(a << 16), bit_cast<vf>(b << 16), acc);
+#endif
+}
+
 }  // namespace LLMCORE_ISA
 }  // namespace cpu
 }  // namespace llmcore

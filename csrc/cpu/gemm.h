@@ -1,0 +1,291 @@
+// The matrix product that attention, the grouped GEMM and the fused losses are built on.
+//
+//   micro()   a register tile: R rows of A times one panel of B, kPanelVectors vectors wide
+//   pack_*()  copies operands into the order micro() reads, converting 16-bit floats on the way
+//   gemm()    blocked single-threaded product of two strided matrices; callers split the work among threads
+//
+// The blocking is that of Goto & van de Geijn (ACM TOMS 34, 2008): a panel of B stays in L1 while rows of A stream past.
+#pragma once
+#include "scratch.h"
+#include "simd/simd.h"
+
+namespace llmcore {
+namespace cpu {
+namespace LLMCORE_ISA {
+
+// Register tile: kTileRows x (kPanelVectors * kLanes) accumulators, leaving room for B and a broadcast.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12, kPanelVectors = 2;  // 24 of 32 registers
+#else
+constexpr int kTileRows = 6, kPanelVectors = 2;  // 12 of 16 registers
+#endif
+constexpr int kPanel = kPanelVectors * kLanes;  // columns of B in one panel
+
+LLMCORE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// How products are formed. One "step" of k is one 32-bit element of the packed operands.
+struct ProductF32 {
+  using Elem = float;
+  static constexpr int kStep = 1;
+  static LLMCORE_INLINE vf multiply_add(vf acc, Elem a, vf b) { return fma(set1(a), b, acc); }
+  static LLMCORE_INLINE vf load_b(const Elem* p) { return load(p); }
+};
+struct ProductBf16 {  // an element holds the bf16 pair (k, k + 1)
+  using Elem = uint32_t;
+  static constexpr int kStep = 2;
+  static LLMCORE_INLINE vf multiply_add(vf acc, Elem a, vu b) { return dot_bf16(acc, a - vu{}, b); }
+  static LLMCORE_INLINE vu load_b(const Elem* p) {
+    vu v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+};
+
+// c (R, kPanel) (+)= a (R, steps) * b (steps, kPanel). a's element (r, s) is a[r * a_row + s * a_step], b's row s starts
+// at b + s * kPanel, c's row r at c + r * c_stride.
+template <class Product, int R, int Vectors>
+LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, int64_t a_row, int64_t a_step,
+                               const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
+  vf acc[R][Vectors];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < Vectors; ++j) acc[r][j] = accumulate ? load(c + r * c_stride + j * kLanes) : zero();
+  for (int64_t s = 0; s < steps; ++s) {
+    decltype(Product::load_b(b)) bv[Vectors];
+    for (int j = 0; j < Vectors; ++j) bv[j] = Product::load_b(b + j * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < Vectors; ++j) acc[r][j] = Product::multiply_add(acc[r][j], a[r * a_row], bv[j]);
+    a += a_step;
+    b += kPanel;
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < Vectors; ++j) store(c + r * c_stride + j * kLanes, acc[r][j]);
+}
+
+// `rows` <= kTileRows. Rows = true: a is row-major (a_row is the row stride, steps are adjacent); false: a is column-
+// major (a_step is the stride of a step, rows are adjacent).
+template <class Product, bool RowMajor>
+inline void micro(int rows, int64_t steps, const typename Product::Elem* a, int64_t a_stride,
+                  const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
+  const int64_t a_row = RowMajor ? a_stride : 1, a_step = RowMajor ? 1 : a_stride;
+#define LLMCORE_ROWS(R)                                                                                        \
+  case R:                                                                                                      \
+    if constexpr (R <= kTileRows)                                                                              \
+      micro_rows<Product, R, kPanelVectors>(steps, a, a_row, a_step, b, c, c_stride, accumulate);              \
+    break;
+  switch (rows) {
+    LLMCORE_ROWS(1)
+    LLMCORE_ROWS(2)
+    LLMCORE_ROWS(3)
+    LLMCORE_ROWS(4)
+    LLMCORE_ROWS(5)
+    LLMCORE_ROWS(6)
+    LLMCORE_ROWS(7)
+    LLMCORE_ROWS(8)
+    LLMCORE_ROWS(9)
+    LLMCORE_ROWS(10)
+    LLMCORE_ROWS(11)
+    LLMCORE_ROWS(12)
+  }
+#undef LLMCORE_ROWS
+}
+
+// c (rows, panels * kPanel) (+)= a * b, b packed in panels of (steps, kPanel). See micro() for a.
+// Column-major a is one block whose rows are adjacent: row r of step s at a[s * a_stride + r].
+template <class Product, bool RowMajor>
+inline void multiply_panels(int64_t rows, int64_t panels, int64_t steps, const typename Product::Elem* a,
+                            int64_t a_stride, const typename Product::Elem* b, float* c, int64_t c_stride,
+                            bool accumulate) {
+  for (int64_t j = 0; j < panels; ++j)
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int tile = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
+      micro<Product, RowMajor>(tile, steps, a + (RowMajor ? r * a_stride : r), a_stride, b + j * steps * kPanel,
+                               c + r * c_stride + j * kPanel, c_stride, accumulate);
+    }
+}
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+// A matrix by strides: element (i, j) at data[i * row_stride + j * col_stride]. Fast when one stride is 1.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row_stride, col_stride;
+};
+
+// out (k, width): out[s * width + i] = row i's element s, for `count` <= width rows that start at row(i) and whose
+// elements are adjacent; the rest of each step is zero. A transpose: rows become columns. RowFn: i -> const T*.
+template <class T, class RowFn>
+inline void pack_transposed(float* out, int64_t width, int64_t count, int64_t k, const RowFn& row) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const int64_t lanes = width - i < kLanes ? width - i : kLanes;
+    int64_t s = 0;
+    if (lanes == kLanes) {
+      for (; s + kLanes <= k; s += kLanes) {
+        vu block[kLanes];
+        for (int r = 0; r < kLanes; ++r) block[r] = i + r < count ? bit_cast<vu>(load(row(i + r) + s)) : vu{};
+        transpose(block);
+        for (int r = 0; r < kLanes; ++r) store(out + (s + r) * width + i, bit_cast<vf>(block[r]));
+      }
+    }
+    for (int64_t r = 0; r < lanes; ++r) {
+      const T* in = i + r < count ? row(i + r) : nullptr;
+      for (int64_t t = s; t < k; ++t) out[t * width + i + r] = in ? to_float(in[t]) : 0.f;
+    }
+  }
+}
+
+// The same for bf16 pairs: out (ceil(k / 2), width) of pairs (s, s + 1); an odd last element is paired with 0.
+template <class RowFn>
+inline void pack_transposed(uint32_t* out, int64_t width, int64_t count, int64_t k, const RowFn& row) {
+  const int64_t pairs = k / 2;
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const int64_t lanes = width - i < kLanes ? width - i : kLanes;
+    int64_t s = 0;
+    if (lanes == kLanes) {
+      for (; s + kLanes <= pairs; s += kLanes) {
+        vu block[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+          block[r] = vu{};
+          if (i + r < count) __builtin_memcpy(&block[r], row(i + r) + 2 * s, sizeof(vu));
+        }
+        transpose(block);
+        for (int r = 0; r < kLanes; ++r) __builtin_memcpy(out + (s + r) * width + i, &block[r], sizeof(vu));
+      }
+    }
+    for (int64_t r = 0; r < lanes; ++r) {
+      const bf16* in = i + r < count ? row(i + r) : nullptr;
+      for (int64_t t = s; t < (k + 1) / 2; ++t) {
+        const uint32_t lo = in ? in[2 * t].bits : 0, hi = in && 2 * t + 1 < k ? in[2 * t + 1].bits : 0;
+        out[t * width + i + r] = lo | hi << 16;
+      }
+    }
+  }
+}
+
+// out panels of (k, kPanel) covering n columns: step s of panel j holds row s's columns j * kPanel + [0, kPanel), zero
+// beyond n. Rows are adjacent elements starting at row(s). RowFn: s -> const T*.
+template <class T, class RowFn>
+inline void pack_rows(float* out, int64_t n, int64_t k, const RowFn& row) {
+  for (int64_t s = 0; s < k; ++s) {
+    const T* in = row(s);
+    for (int64_t j = 0; j < n; j += kPanel) {
+      float* to = out + j * k + s * kPanel;
+      if (j + kPanel <= n) {
+        for (int v = 0; v < kPanel; v += kLanes) store(to + v, load(in + j + v));
+      } else {
+        for (int v = 0; v < kPanel; ++v) to[v] = j + v < n ? to_float(in[j + v]) : 0.f;
+      }
+    }
+  }
+}
+
+// The same for bf16 pairs: step s holds the pairs (row 2s, row 2s + 1) of each column; an odd last row pairs with 0.
+template <class RowFn>
+inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
+  const int64_t steps = (k + 1) / 2;
+  for (int64_t s = 0; s < steps; ++s) {
+    const bf16 *even = row(2 * s), *odd = 2 * s + 1 < k ? row(2 * s + 1) : nullptr;
+    for (int64_t j = 0; j < n; j += kPanel) {
+      uint32_t* to = out + j * steps + s * kPanel;
+      const int64_t width = n - j < kPanel ? n - j : kPanel;
+      if (width == kPanel && odd) {
+        for (int v = 0; v < kPanel; v += kLanes) {
+          vh lo, hi;
+          __builtin_memcpy(&lo, even + j + v, sizeof(lo));
+          __builtin_memcpy(&hi, odd + j + v, sizeof(hi));
+          const vu pair = __builtin_convertvector(lo, vu) | __builtin_convertvector(hi, vu) << 16;
+          __builtin_memcpy(to + v, &pair, sizeof(pair));
+        }
+      } else {
+        for (int64_t v = 0; v < kPanel; ++v)
+          to[v] = v < width ? even[j + v].bits | static_cast<uint32_t>(odd ? odd[j + v].bits : 0) << 16 : 0u;
+      }
+    }
+  }
+}
+
+// ---- blocked product -----------------------------------------------------------------------------------------------
+
+// Blocks: a panel of B (256 x kPanel floats) fits half of a 32 KiB L1, B's block (256 x 256) half of a 512 KiB L2.
+constexpr int64_t kBlockK = 256, kBlockN = 256, kBlockM = 20 * kTileRows;
+
+struct GemmScratch {
+  Scratch<float> a{kBlockM * kBlockK}, b{kBlockN * kBlockK}, edge{kTileRows * kPanel};
+};
+
+template <class T>
+inline void gemm_pack_a(float* out, int64_t m, int64_t k, Matrix<T> a) {  // tiles of (k, kTileRows)
+  for (int64_t i = 0; i < m; i += kTileRows) {
+    const int64_t rows = m - i < kTileRows ? m - i : kTileRows;
+    float* to = out + i * k;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const T* in = a.data + (i + r) * a.row_stride;
+      if (r >= rows) {
+        for (int64_t s = 0; s < k; ++s) to[s * kTileRows + r] = 0.f;
+      } else {
+        for (int64_t s = 0; s < k; ++s) to[s * kTileRows + r] = to_float(in[s * a.col_stride]);
+      }
+    }
+  }
+}
+
+template <class T>
+inline void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b) {
+  if (b.col_stride == 1) {
+    pack_rows<T>(out, n, k, [&](int64_t s) { return b.data + s * b.row_stride; });
+  } else if (b.row_stride == 1) {
+    for (int64_t j = 0; j < n; j += kPanel)
+      pack_transposed<T>(out + j * k, kPanel, n - j < kPanel ? n - j : kPanel, k,
+                         [&](int64_t i) { return b.data + (j + i) * b.col_stride; });
+  } else {
+    for (int64_t j = 0; j < n; j += kPanel)
+      for (int64_t s = 0; s < k; ++s)
+        for (int64_t v = 0; v < kPanel; ++v)
+          out[j * k + s * kPanel + v] =
+              j + v < n ? to_float(b.data[s * b.row_stride + (j + v) * b.col_stride]) : 0.f;
+  }
+}
+
+// c (m, n) = a (m, k) * b (k, n), or c += when `accumulate`; c is float, row-major with c_stride. Single-threaded.
+template <class TA, class TB>
+inline void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, float* c, int64_t c_stride,
+                 bool accumulate, GemmScratch& scratch) {
+  if (k == 0 && !accumulate)
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * c_stride + j] = 0.f;
+  for (int64_t k0 = 0; k0 < k; k0 += kBlockK) {
+    const int64_t kb = k - k0 < kBlockK ? k - k0 : kBlockK;
+    const bool add = accumulate || k0 > 0;
+    for (int64_t n0 = 0; n0 < n; n0 += kBlockN) {
+      const int64_t nb = n - n0 < kBlockN ? n - n0 : kBlockN;
+      gemm_pack_b(scratch.b.data(), nb, kb,
+                  Matrix<TB>{b.data + k0 * b.row_stride + n0 * b.col_stride, b.row_stride, b.col_stride});
+      for (int64_t m0 = 0; m0 < m; m0 += kBlockM) {
+        const int64_t mb = m - m0 < kBlockM ? m - m0 : kBlockM;
+        gemm_pack_a(scratch.a.data(), mb, kb,
+                    Matrix<TA>{a.data + m0 * a.row_stride + k0 * a.col_stride, a.row_stride, a.col_stride});
+        for (int64_t j = 0; j < nb; j += kPanel) {
+          const float* panel = scratch.b.data() + j * kb;
+          for (int64_t i = 0; i < mb; i += kTileRows) {
+            const int rows = static_cast<int>(mb - i < kTileRows ? mb - i : kTileRows);
+            float* to = c + (m0 + i) * c_stride + n0 + j;
+            const float* tile = scratch.a.data() + i * kb;
+            if (j + kPanel <= nb) {
+              micro<ProductF32, false>(rows, kb, tile, kTileRows, panel, to, c_stride, add);
+              continue;
+            }
+            float* edge = scratch.edge.data();  // the panel is wider than what is left of c
+            micro<ProductF32, false>(rows, kb, tile, kTileRows, panel, edge, kPanel, false);
+            for (int r = 0; r < rows; ++r)
+              for (int64_t v = 0; v < nb - j; ++v) to[r * c_stride + v] = edge[r * kPanel + v] + (add ? to[r * c_stride + v] : 0.f);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+}  // namespace llmcore

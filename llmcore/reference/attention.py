@@ -1,0 +1,129 @@
+"""Scaled dot-product attention, dense, packed and paged, by writing the score matrix down.
+
+Masks are bottom-right aligned: the last query stands at the last key. A row that sees no key gives 0 and lse = -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _visible(num_q: int, num_k: int, causal: bool, window: int | None, device) -> Tensor:
+    """(num_q, num_k) bool: which keys a query sees by position."""
+    distance = (torch.arange(num_q, device=device) + num_k - num_q)[:, None] - torch.arange(num_k, device=device)
+    seen = torch.ones(num_q, num_k, dtype=torch.bool, device=device)
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    return seen
+
+
+def _attend(q, k, v, seen, scale, softcap, sinks) -> tuple[Tensor, Tensor]:
+    """q (batch, num_q, heads, dim), k, v (batch, num_k, kv_heads, dim); seen broadcasts to (batch, heads, num_q, num_k).
+    Returns out (batch, num_q, heads, v_dim) and lse (batch, heads, num_q). Scores and sums are in float32 (float64 for
+    float64 inputs); the probabilities are rounded to v's dtype before they meet v, as a tensor core takes them."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[2] // k.shape[2]
+    k = k.to(wide).repeat_interleave(group, dim=2)
+    v_wide = v.to(wide).repeat_interleave(group, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    highest = (
+        scores.detach().amax(-1, keepdim=True)
+        if scores.shape[-1]
+        else scores.new_full((*scores.shape[:3], 1), float("-inf"))
+    )
+    if sinks is not None:
+        sink = sinks.to(wide)[:, None, None]
+        highest = torch.maximum(highest, sink.detach())
+    highest = torch.where(torch.isfinite(highest), highest, 0)
+    p = torch.exp(scores - highest)
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - highest)
+    safe = torch.where(total > 0, total, 1)
+    out = torch.einsum("bhqk,bkhd->bqhd", (p / safe).to(v.dtype).to(wide), v_wide).to(q.dtype)
+    lse = torch.where(total > 0, torch.log(safe) + highest, float("-inf")).squeeze(-1)
+    return out, lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    block_mask=None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `llmcore.ops.attention`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def one(q, k, v):  # (batch, seq, heads, dim)
+        seen = _visible(q.shape[1], k.shape[1], causal, window, q.device)
+        if block_mask is not None:
+            seen = seen & block_mask.dense(q.shape[1], k.shape[1]).to(q.device)
+        return _attend(q, k, v, seen, scale, softcap, sinks)
+
+    if cu_seqlens_q is None:
+        out, lse = one(q, k, v)
+        return (out, lse) if return_lse else out
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], []
+    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
+        out, lse = one(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1])
+        outs.append(out[0])
+        lses.append(lse[0])
+    out = torch.cat(outs)
+    return (out, torch.cat(lses, dim=-1)) if return_lse else out
+
+
+def gather_cache(cache: Tensor, scale: Tensor | None, block_table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The first `length` tokens of one sequence out of a paged cache: (length, kv_heads, head_dim) in `dtype`."""
+    block_size = cache.shape[1]
+    blocks = block_table[: -(-length // block_size)].long()
+    tokens = cache[blocks].flatten(0, 1)[:length].to(dtype)
+    return tokens if scale is None else tokens * scale[blocks].flatten(0, 1)[:length].to(dtype)[..., None]
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """See `llmcore.ops.paged_attention`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lengths = kv_lens.tolist()
+    starts = list(range(len(lengths) + 1)) if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs = [q.new_empty(0, q.shape[1], v_cache.shape[-1])]
+    for row, length in enumerate(lengths):
+        queries = q[None, starts[row] : starts[row + 1]]
+        k = gather_cache(k_cache, k_scale, block_table[row], length, wide)
+        v = gather_cache(v_cache, v_scale, block_table[row], length, wide)
+        seen = _visible(queries.shape[1], length, causal, window, q.device)
+        outs.append(_attend(queries, k[None], v[None], seen, scale, softcap, sinks)[0][0])
+    return torch.cat(outs)
