@@ -104,10 +104,10 @@ void forward(const MoeRouteParams& p, const Parallel& par) {
           experts[at] = static_cast<int32_t>(i);
         }
       }
-      float sum = 0.f;
+      double sum = 0;
       for (int64_t j = 0; j < p.top_k; ++j) sum += scores[experts[j]];
-      sum = p.renormalize ? (sum > kTiny ? sum : kTiny) : 1.f;
-      for (int64_t j = 0; j < p.top_k; ++j) weights[j] = scores[experts[j]] / sum * p.scale;
+      const double factor = p.renormalize ? p.scale / (sum > kTiny ? sum : kTiny) : p.scale;
+      for (int64_t j = 0; j < p.top_k; ++j) weights[j] = static_cast<float>(scores[experts[j]] * factor);
     }
   });
 }
@@ -133,15 +133,15 @@ void moe_route_backward(const MoeRouteBackwardParams& p, const Parallel& par) {
       if (p.dweights) {
         const int32_t* experts = p.experts + t * p.top_k;
         const float* dw = p.dweights + t * p.top_k;
-        float sum = 0.f, dot = 0.f;
+        double sum = 0, dot = 0;
         for (int64_t j = 0; j < p.top_k; ++j) {
           sum += scores[experts[j]];
-          dot += dw[j] * scores[experts[j]];
+          dot += static_cast<double>(dw[j]) * scores[experts[j]];
         }
         const bool clamped = sum < kTiny;  // then the divisor is a constant
-        const float divisor = p.renormalize ? (clamped ? kTiny : sum) : 1.f;
-        const float mean = p.renormalize && !clamped ? dot / divisor : 0.f;
-        for (int64_t j = 0; j < p.top_k; ++j) ds[experts[j]] += p.scale * ((dw[j] - mean) / divisor);
+        const double factor = p.renormalize ? p.scale / (clamped ? kTiny : sum) : p.scale;
+        const double mean = p.renormalize && !clamped ? dot / sum : 0;
+        for (int64_t j = 0; j < p.top_k; ++j) ds[experts[j]] += static_cast<float>((dw[j] - mean) * factor);
       }
       vf dot = zero();
       if (!p.sigmoid)

@@ -1,6 +1,8 @@
 """The public ops. Each has a CPU kernel (and a CUDA kernel where one is built), autograd, a fake kernel for
 torch.compile, and a pure-torch reference of the same signature in `llmcore.reference`."""
 
+from llmcore.ops.moe_permute import moe_combine, moe_dispatch
+from llmcore.ops.moe_route import moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 
@@ -10,6 +12,9 @@ __all__ = [
     "Sample",
     "backend",
     "explain",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_route",
     "registry",
     "rms_norm",
     "support",

@@ -35,10 +35,12 @@ def _map(value, f):
 
 
 def cast(sample: Sample, dtype: torch.dtype) -> Sample:
-    """The same call with every floating tensor in `dtype`."""
+    """The same call with every floating tensor in `dtype`; but float32 arguments of a 16-bit call (routing weights, say)
+    are so by contract and stay."""
 
     def convert(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() else t.clone()
+        stays = not t.is_floating_point() or (t.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16))
+        return t.clone() if stays else t.to(dtype)
 
     return Sample(
         sample.label, _map(sample.args, convert), {k: _map(v, convert) for k, v in sample.kwargs.items()},
