@@ -18,4 +18,8 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "moe_combine_backward(Tensor dout, Tensor y_sorted, Tensor weights, Tensor row_of) -> (Tensor dy_sorted, "
       "Tensor dweights)");
+  m.def("grouped_gemm(Tensor x_sorted, Tensor weight, Tensor offsets) -> Tensor y");
+  m.def(
+      "grouped_gemm_backward(Tensor dy, Tensor x_sorted, Tensor weight, Tensor offsets, bool need_dx, "
+      "bool need_dweight) -> (Tensor dx, Tensor dweight)");
 }

@@ -1,6 +1,7 @@
 """The public ops. Each has a CPU kernel (and a CUDA kernel where one is built), autograd, a fake kernel for
 torch.compile, and a pure-torch reference of the same signature in `llmcore.reference`."""
 
+from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch
 from llmcore.ops.moe_route import moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
@@ -12,6 +13,7 @@ __all__ = [
     "Sample",
     "backend",
     "explain",
+    "grouped_gemm",
     "moe_combine",
     "moe_dispatch",
     "moe_route",
