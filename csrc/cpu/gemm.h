@@ -48,7 +48,7 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
                                const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
   vf acc[R][Vectors];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < Vectors; ++j) acc[r][j] = accumulate ? load(c + r * c_stride + j * kLanes) : zero();
+    for (int j = 0; j < Vectors; ++j) acc[r][j] = zero();
   for (int64_t s = 0; s < steps; ++s) {
     decltype(Product::load_b(b)) bv[Vectors];
     for (int j = 0; j < Vectors; ++j) bv[j] = Product::load_b(b + j * kLanes);
@@ -58,8 +58,12 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
     a += a_step;
     b += kPanel;
   }
+  // Blocks of k are summed apart and then added: the rounding error grows with the block, not with all of k.
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < Vectors; ++j) store(c + r * c_stride + j * kLanes, acc[r][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      float* to = c + r * c_stride + j * kLanes;
+      store(to, accumulate ? load(to) + acc[r][j] : acc[r][j]);
+    }
 }
 
 // `rows` <= kTileRows. Rows = true: a is row-major (a_row is the row stride, steps are adjacent); false: a is column-
@@ -207,8 +211,9 @@ inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
 
 // ---- blocked product -----------------------------------------------------------------------------------------------
 
-// Blocks: a panel of B (256 x kPanel floats) fits half of a 32 KiB L1, B's block (256 x 256) half of a 512 KiB L2.
-constexpr int64_t kBlockK = 256, kBlockN = 256, kBlockM = 20 * kTileRows;
+// Blocks: a panel of B (128 x kPanel floats) fits a quarter of a 32 KiB L1, B's block (128 x 256) a quarter of a
+// 512 KiB L2. Longer blocks of k would be no faster, and less accurate: see micro_rows().
+constexpr int64_t kBlockK = 128, kBlockN = 256, kBlockM = 20 * kTileRows;
 
 struct GemmScratch {
   Scratch<float> a{kBlockM * kBlockK}, b{kBlockN * kBlockK}, edge{kTileRows * kPanel};
