@@ -22,4 +22,15 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "grouped_gemm_backward(Tensor dy, Tensor x_sorted, Tensor weight, Tensor offsets, bool need_dx, "
       "bool need_dweight) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
+      "float z_loss, float label_smoothing) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor dloss, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, "
+      "int ignore_index, float softcap, float z_loss, float label_smoothing, bool need_dhidden, bool need_dweight) "
+      "-> (Tensor dhidden, Tensor dweight)");
+  m.def(
+      "linear_cross_entropy_with_grad(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
+      "float z_loss, float label_smoothing, bool mean, bool need_dhidden, bool need_dweight) "
+      "-> (Tensor loss, Tensor dhidden, Tensor dweight)");
 }

@@ -2,6 +2,7 @@
 torch.compile, and a pure-torch reference of the same signature in `llmcore.reference`."""
 
 from llmcore.ops.grouped_gemm import grouped_gemm
+from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch
 from llmcore.ops.moe_route import moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
@@ -14,6 +15,7 @@ __all__ = [
     "backend",
     "explain",
     "grouped_gemm",
+    "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",
     "moe_route",
