@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llmcore import reference
 from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
@@ -116,6 +117,7 @@ def _save_gradients(ctx, inputs, output):
     ctx.mark_non_differentiable(dhidden, dweight)
 
 
+@once_differentiable  # the saved gradients are constants to autograd: second derivatives must fail, not come out wrong
 def _scale_gradients(ctx, dloss, *_):
     gradients = (g * dloss if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needed))
     return *gradients, None, None, None, None, None, None, None, None
