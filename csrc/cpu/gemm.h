@@ -20,6 +20,7 @@ constexpr int kTileRows = 12, kPanelVectors = 2;  // 24 of 32 registers
 constexpr int kTileRows = 6, kPanelVectors = 2;  // 12 of 16 registers
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;  // columns of B in one panel
+constexpr int64_t kChainSteps = 128;            // products summed in one chain before they meet the rest
 
 LLMCORE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -58,11 +59,11 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
     a += a_step;
     b += kPanel;
   }
-  // Blocks of k are summed apart and then added: the rounding error grows with the block, not with all of k.
+  // Added at the end, not carried through: short chains of additions lose less.
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < Vectors; ++j) {
       float* to = c + r * c_stride + j * kLanes;
-      store(to, accumulate ? load(to) + acc[r][j] : acc[r][j]);
+      store(to, accumulate ? acc[r][j] + load(to) : acc[r][j]);
     }
 }
 
@@ -94,18 +95,21 @@ inline void micro(int rows, int64_t steps, const typename Product::Elem* a, int6
 #undef LLMCORE_ROWS
 }
 
-// c (rows, panels * kPanel) (+)= a * b, b packed in panels of (steps, kPanel). See micro() for a.
-// Column-major a is one block whose rows are adjacent: row r of step s at a[s * a_stride + r].
+// c (rows, panels * kPanel) (+)= a * b. b: panels of (>= steps, kPanel), `panel_stride` elements apart. Row-major a:
+// element (r, s) at a[r * a_stride + s]; column-major: a[s * a_stride + r].
 template <class Product, bool RowMajor>
 inline void multiply_panels(int64_t rows, int64_t panels, int64_t steps, const typename Product::Elem* a,
-                            int64_t a_stride, const typename Product::Elem* b, float* c, int64_t c_stride,
-                            bool accumulate) {
+                            int64_t a_stride, const typename Product::Elem* b, int64_t panel_stride, float* c,
+                            int64_t c_stride, bool accumulate) {
   for (int64_t j = 0; j < panels; ++j)
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int tile = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-      micro<Product, RowMajor>(tile, steps, a + (RowMajor ? r * a_stride : r), a_stride, b + j * steps * kPanel,
-                               c + r * c_stride + j * kPanel, c_stride, accumulate);
-    }
+    for (int64_t r = 0; r < rows; r += kTileRows)
+      for (int64_t s = 0; s < steps; s += kChainSteps) {
+        const int tile = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
+        const int64_t count = steps - s < kChainSteps ? steps - s : kChainSteps;
+        micro<Product, RowMajor>(tile, count, a + (RowMajor ? r * a_stride + s : s * a_stride + r), a_stride,
+                                 b + j * panel_stride + s * kPanel, c + r * c_stride + j * kPanel, c_stride,
+                                 accumulate || s > 0);
+      }
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------
@@ -211,9 +215,9 @@ inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
 
 // ---- blocked product -----------------------------------------------------------------------------------------------
 
-// Blocks: a panel of B (128 x kPanel floats) fits a quarter of a 32 KiB L1, B's block (128 x 256) a quarter of a
-// 512 KiB L2. Longer blocks of k would be no faster, and less accurate: see micro_rows().
-constexpr int64_t kBlockK = 128, kBlockN = 256, kBlockM = 20 * kTileRows;
+// Blocks: one chain of k, so that a long product is as accurate as torch's; a panel of B (128 x kPanel floats) then fits
+// a quarter of a 32 KiB L1, B's block (128 x 256) a quarter of a 512 KiB L2. Longer blocks of k were no faster.
+constexpr int64_t kBlockK = kChainSteps, kBlockN = 256, kBlockM = 20 * kTileRows;
 
 struct GemmScratch {
   Scratch<float> a{kBlockM * kBlockK}, b{kBlockN * kBlockK}, edge{kTileRows * kPanel};

@@ -1,6 +1,8 @@
 """The public ops. Each has a CPU kernel (and a CUDA kernel where one is built), autograd, a fake kernel for
 torch.compile, and a pure-torch reference of the same signature in `llmcore.reference`."""
 
+from llmcore.ops.attention import attention, paged_attention
+from llmcore.ops.block_mask import BlockMask
 from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch
@@ -10,8 +12,10 @@ from llmcore.ops.rms_norm import rms_norm
 
 __all__ = [
     "BackendFallbackWarning",
+    "BlockMask",
     "OpSpec",
     "Sample",
+    "attention",
     "backend",
     "explain",
     "grouped_gemm",
@@ -19,6 +23,7 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_route",
+    "paged_attention",
     "registry",
     "rms_norm",
     "support",

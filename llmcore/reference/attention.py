@@ -70,10 +70,11 @@ def attention(
     """See `llmcore.ops.attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def one(q, k, v):  # (batch, seq, heads, dim)
+    def one(q, k, v, sequence=slice(None)):  # (batch, seq, heads, dim); sequence: of the block mask's batch
         seen = _visible(q.shape[1], k.shape[1], causal, window, q.device)
         if block_mask is not None:
-            seen = seen & block_mask.dense(q.shape[1], k.shape[1]).to(q.device)
+            blocks = block_mask.dense(q.shape[1], k.shape[1]).to(q.device)
+            seen = seen & (blocks if blocks.shape[0] == 1 else blocks[sequence])
         return _attend(q, k, v, seen, scale, softcap, sinks)
 
     if cu_seqlens_q is None:
@@ -82,8 +83,8 @@ def attention(
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], []
-    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
-        out, lse = one(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1])
+    for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):
+        out, lse = one(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], slice(b, b + 1))
         outs.append(out[0])
         lses.append(lse[0])
     out = torch.cat(outs)

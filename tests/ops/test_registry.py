@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llmcore
 from llmcore.ops import registry
 
-from .checks import cast, check_sample, run, run_with_gradients
+from .checks import check_sample, copied, run, run_with_gradients
 
 ISAS = llmcore._C.cpu_isas()
 
@@ -36,7 +36,7 @@ def isa(request):
 @pytest.mark.parametrize(("spec", "sample", "dtype"), list(cases()))
 def test_kernel_matches_reference(spec, sample, dtype, isa):
     with llmcore.backend("kernel"):
-        check_sample(spec, sample, dtype)
+        check_sample(spec, sample)
 
 
 def first_samples():
@@ -54,7 +54,7 @@ def test_reference_gradients(spec, sample, dtype):
     )
     if not 0 < size <= 600:
         pytest.skip("nothing to differentiate" if not size else "too large for finite differences")
-    exact = cast(sample, torch.float64)
+    exact = copied(sample, torch.float64)
     args, kwargs = list(exact.args), dict(exact.kwargs)
 
     def function(*leaves):

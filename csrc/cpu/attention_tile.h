@@ -1,0 +1,261 @@
+// What the forward and the backward pass of attention share: the rows of a task, what each row sees, and how keys are
+// brought into the order of the matrix product.
+//
+// A task is a block of queries of one sequence together with all query heads that share one KV head ("the group"), so
+// that a packed tile of keys serves them all. Its rows are ordered query-major: row r is query first_query + r / group,
+// head kv_head * group + r % group. Rows are worked on in sub-blocks of kSubRows.
+#pragma once
+#include "gemm.h"
+#include "llmcore/attention.h"
+
+namespace llmcore {
+namespace cpu {
+namespace LLMCORE_ISA {
+
+constexpr int64_t kSubRows = 48;  // a multiple of kTileRows; with kKeys columns its scores take 12 KiB: L1
+constexpr int64_t kKeys = 64;     // keys in a tile, a multiple of kPanel: a packed K tile of head size 128 is 32 KiB
+static_assert(kSubRows % kTileRows == 0 && kKeys % kPanel == 0, "tile sizes");
+
+LLMCORE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+LLMCORE_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr float kNegInf = -__builtin_inff();
+
+struct Sequence {
+  int64_t num_q, num_k;      // queries and keys
+  int64_t q_start, k_start;  // their first rows in packed tensors, else 0
+};
+
+inline Sequence sequence(const AttentionShape& s, int64_t b) {
+  Sequence x{s.seq_q, s.seq_k, 0, 0};
+  if (s.cu_q) x.q_start = s.cu_q[b], x.num_q = s.cu_q[b + 1] - s.cu_q[b];
+  if (s.cu_k) x.k_start = s.cu_k[b], x.num_k = s.cu_k[b + 1] - s.cu_k[b];
+  if (s.block_table) x.num_k = s.kv_lens[b];
+  return x;
+}
+
+struct Task {
+  int64_t b, kv_head, first_query, rows;
+  Sequence seq;
+};
+
+// All tasks of a call in the order they are handed out: within a sequence the last queries first, since under a causal
+// mask they see the most keys.
+class TaskList {
+ public:
+  TaskList(const AttentionShape& shape, int64_t queries_per_task)
+      : shape_(shape), queries_(queries_per_task), start_(shape.batch + 1) {
+    start_.data()[0] = 0;
+    for (int64_t b = 0; b < shape.batch; ++b)
+      start_.data()[b + 1] = start_.data()[b] + blocks(sequence(shape, b).num_q) * shape.kv_heads;
+  }
+  int64_t size() const { return start_.data()[shape_.batch]; }
+  Task operator[](int64_t i) const {
+    int64_t low = 0, high = shape_.batch;  // the sequence whose range of tasks holds i
+    while (high - low > 1) {
+      const int64_t mid = (low + high) / 2;
+      (start_.data()[mid] <= i ? low : high) = mid;
+    }
+    const Sequence seq = sequence(shape_, low);
+    const int64_t rest = i - start_.data()[low], block = blocks(seq.num_q) - 1 - rest / shape_.kv_heads;
+    const int64_t first = block * queries_, group = shape_.heads / shape_.kv_heads;
+    return {low, rest % shape_.kv_heads, first, min64(queries_, seq.num_q - first) * group, seq};
+  }
+
+ private:
+  int64_t blocks(int64_t queries) const { return (queries + queries_ - 1) / queries_; }
+  const AttentionShape& shape_;
+  int64_t queries_;
+  Scratch<int64_t> start_;
+};
+
+// The keys that query `i` sees by position: [first, last], empty when last < first.
+struct KeyRange {
+  int64_t first, last;
+};
+inline KeyRange visible_keys(const AttentionMask& m, const Sequence& seq, int64_t query) {
+  const int64_t position = query + seq.num_k - seq.num_q;
+  KeyRange r{0, seq.num_k - 1};
+  if (m.causal) r.last = min64(r.last, position);
+  if (m.window) {
+    r.first = max64(r.first, position - m.window + 1);
+    r.last = min64(r.last, position + m.window - 1);
+  }
+  return r;
+}
+
+inline const uint8_t* mask_row(const AttentionMask& m, int64_t b, int64_t head, int64_t query) {
+  return m.block_mask + b * m.mask_batch + head * m.mask_head + query / m.block_q * m.mask_row;
+}
+
+// The part of a tile that a sub-block of rows sees: columns [begin, end), begin a multiple of kPanel. `partial` when
+// some row sees less than all of it.
+struct TileView {
+  int64_t begin, end;
+  bool partial;
+};
+
+// rows [row0, row0 + rows) of the task against the keys [key0, key0 + count)
+inline TileView view_tile(const AttentionMask& m, const Task& t, int64_t group, int64_t row0, int64_t rows,
+                          int64_t key0, int64_t count) {
+  const int64_t q_first = t.first_query + row0 / group, q_last = t.first_query + (row0 + rows - 1) / group;
+  // Ranges move right with the query, so the first and the last query bound them all.
+  const KeyRange a = visible_keys(m, t.seq, q_first), z = visible_keys(m, t.seq, q_last);
+  const int64_t first = max64(a.first, key0), last = min64(z.last, key0 + count - 1);
+  if (last < first) return {0, 0, false};
+  TileView view{(first - key0) / kPanel * kPanel, last - key0 + 1, false};
+  view.partial = z.first > key0 + view.begin || a.last < last || round_up(view.end, kPanel) != view.end;
+  if (m.block_mask) {
+    bool any = false, all = true;
+    for (int64_t r = row0; r < row0 + rows; ++r) {
+      const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + r % group, t.first_query + r / group);
+      for (int64_t c = first / m.block_k; c <= last / m.block_k; ++c) (seen[c] ? any : all) = seen[c];
+    }
+    if (!any) return {0, 0, false};
+    view.partial |= !all;
+  }
+  return view;
+}
+
+// Writes -inf over the scores (columns [view.begin, round_up(view.end)) of `s`) that row `r` of the task must not see.
+inline void mask_scores(const AttentionMask& m, const Task& t, int64_t group, int64_t r, int64_t key0,
+                        const TileView& view, float* s) {
+  const int64_t query = t.first_query + r / group;
+  const KeyRange range = visible_keys(m, t.seq, query);
+  const int64_t end = round_up(view.end, kPanel);
+  const int64_t first = min64(max64(range.first - key0, view.begin), end);
+  const int64_t last = max64(min64(range.last - key0 + 1, end), first);
+  for (int64_t c = view.begin; c < first; ++c) s[c] = kNegInf;
+  for (int64_t c = last; c < end; ++c) s[c] = kNegInf;
+  if (!m.block_mask) return;
+  const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + r % group, query);
+  for (int64_t c = first; c < last;) {
+    const int64_t block = (key0 + c) / m.block_k, block_end = min64((block + 1) * m.block_k - key0, last);
+    if (!seen[block])
+      for (int64_t i = c; i < block_end; ++i) s[i] = kNegInf;
+    c = block_end;
+  }
+}
+
+// Scores become exponents of 2: score * exponent_factor. The product is formed where it is used, so that
+// fma(score, factor, -highest) rounds once. With a soft cap, or a scale that would turn -inf around, ready_scores()
+// replaces the scores by exponents beforehand and the factor is 1.
+LLMCORE_INLINE bool ready_first(const AttentionMask& m) { return m.softcap > 0 || m.scale <= 0; }
+LLMCORE_INLINE float exponent_factor(const AttentionMask& m) { return ready_first(m) ? 1.f : m.scale * kLog2e; }
+inline void ready_scores(const AttentionMask& m, int64_t begin, int64_t end, float* s) {
+  if (!ready_first(m)) return;
+  if (m.softcap > 0) {
+    const float in = m.scale / m.softcap, out = m.softcap * kLog2e;
+    for (int64_t c = begin; c < end; c += kLanes) store(s + c, tanh(load(s + c) * in) * out);
+  } else {
+    for (int64_t c = begin; c < end; c += kLanes) store(s + c, load(s + c) * (m.scale * kLog2e));
+  }
+}
+
+// ---- rows of q, k, v -----------------------------------------------------------------------------------------------
+
+// One row of `dim` elements as floats, padded with zeros to `padded`.
+inline void row_to_float(const void* row, DType dtype, int64_t dim, int64_t padded, float factor, float* out) {
+  int64_t i = 0;
+  const auto convert = [&](const auto* in) {
+    for (; i + kLanes <= dim; i += kLanes) store(out + i, load(in + i) * factor);
+    for (; i < dim; ++i) out[i] = to_float(in[i]) * factor;
+  };
+  switch (dtype) {
+    case DType::f32: convert(static_cast<const float*>(row)); break;
+    case DType::bf16: convert(static_cast<const bf16*>(row)); break;
+    case DType::f16: convert(static_cast<const f16*>(row)); break;
+    case DType::i8: convert(static_cast<const int8_t*>(row)); break;
+  }
+  for (; i < padded; ++i) out[i] = 0.f;
+}
+inline void row_from_float(const float* in, DType dtype, int64_t dim, float factor, void* row) {
+  LLMCORE_DISPATCH_FLOAT(dtype, T, {
+    T* out = static_cast<T*>(row);
+    int64_t i = 0;
+    for (; i + kLanes <= dim; i += kLanes) store(out + i, load(in + i) * factor);
+    for (; i < dim; ++i) out[i] = from_float<T>(in[i] * factor);
+  })
+}
+
+LLMCORE_INLINE int64_t element_size(DType t) { return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2; }
+LLMCORE_INLINE const void* at(const void* base, DType t, int64_t offset) {
+  return static_cast<const char*>(base) + offset * element_size(t);
+}
+
+// A tile of rows of k or v as the product wants them: pointers to the rows themselves when they have the product's
+// element type, else to converted copies.
+template <class Elem>  // float or bf16
+struct TileRows {
+  const Elem* row[kKeys];
+};
+
+template <class Product>
+struct RowElem;
+template <>
+struct RowElem<ProductF32> {
+  using type = float;
+};
+template <>
+struct RowElem<ProductBf16> {
+  using type = bf16;
+};
+
+// Key rows [key0, key0 + count) of the task's sequence and KV head. `copy` holds count * dim floats.
+template <class Elem>
+inline void tile_rows(const AttentionShape& shape, const Task& t, const void* base, DType dtype,
+                      const RowStrides& strides, const float* scales, int64_t dim, int64_t key0, int64_t count,
+                      float* copy, TileRows<Elem>& out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t key = key0 + i;
+    int64_t offset = t.kv_head * strides.head, slot = 0;
+    if (shape.block_table) {
+      const int64_t block = shape.block_table[t.b * shape.table_stride + key / shape.block_size];
+      offset += block * strides.batch + key % shape.block_size * strides.row;
+      slot = (block * shape.block_size + key % shape.block_size) * shape.kv_heads + t.kv_head;
+    } else {
+      offset += t.b * strides.batch + (t.seq.k_start + key) * strides.row;
+    }
+    const void* row = at(base, dtype, offset);
+    if constexpr (sizeof(Elem) == sizeof(float)) {
+      if (dtype == DType::f32 && !scales) {
+        out.row[i] = static_cast<const float*>(row);
+      } else {
+        row_to_float(row, dtype, dim, dim, scales ? scales[slot] : 1.f, copy + i * dim);
+        out.row[i] = copy + i * dim;
+      }
+    } else {
+      out.row[i] = static_cast<const Elem*>(row);
+    }
+  }
+}
+
+// Steps (32-bit elements) of `n` values along k.
+template <class Product>
+LLMCORE_INLINE constexpr int64_t steps_of(int64_t n) {
+  return (n + Product::kStep - 1) / Product::kStep;
+}
+
+// Row r of a task's q (or dout, ...): its query row and head.
+LLMCORE_INLINE int64_t row_offset(const Task& t, int64_t group, int64_t r, const RowStrides& s) {
+  return t.b * s.batch + (t.seq.q_start + t.first_query + r / group) * s.row + (t.kv_head * group + r % group) * s.head;
+}
+
+// One row in the product's element type, zero-padded to `steps`: the row-major A operand.
+template <class Product>
+inline void load_row(const void* row, DType dtype, int64_t dim, int64_t steps, typename Product::Elem* out) {
+  if constexpr (Product::kStep == 1) {
+    row_to_float(row, dtype, dim, steps, 1.f, out);
+  } else {
+    out[steps - 1] = 0;
+    __builtin_memcpy(out, row, dim * sizeof(bf16));
+  }
+}
+
+// Whether bf16 products serve a call: the machine has them and both operands are bf16.
+LLMCORE_INLINE bool use_bf16_product(DType q, DType kv) {
+  return kHasBf16Dot && q == DType::bf16 && kv == DType::bf16;
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+}  // namespace llmcore

@@ -1,0 +1,25 @@
+"""Data for pretraining: readers, held-out splits, token shards, packing, mixtures."""
+
+from .mixture import Mixture
+from .packing import Batch, PackedDataset
+from .readers import Document, JsonLines, Parquet, SkipReport, Source, TextFiles, Texts, python_stdlib
+from .shards import TokenDataset, prepare
+from .splits import Split, part_of
+
+__all__ = [
+    "Batch",
+    "Document",
+    "JsonLines",
+    "Mixture",
+    "PackedDataset",
+    "Parquet",
+    "SkipReport",
+    "Source",
+    "Split",
+    "TextFiles",
+    "Texts",
+    "TokenDataset",
+    "part_of",
+    "prepare",
+    "python_stdlib",
+]
