@@ -19,4 +19,32 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def("rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor y, Tensor z, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "moe_route(Tensor logits, int top_k, bool sigmoid, Tensor? bias, int num_groups, int topk_groups, "
+      "bool renormalize, float scale) -> (Tensor weights, Tensor experts, Tensor scores)");
+  m.def(
+      "moe_route_backward(Tensor? dweights, Tensor? dscores, Tensor scores, Tensor experts, bool sigmoid, "
+      "bool renormalize, float scale) -> Tensor dlogits");
+  m.def(
+      "moe_dispatch(Tensor x, Tensor experts, int num_experts) -> (Tensor x_sorted, Tensor offsets, Tensor row_of)");
+  m.def("moe_dispatch_backward(Tensor dx_sorted, Tensor row_of) -> Tensor dx");
+  m.def("moe_combine(Tensor y_sorted, Tensor weights, Tensor row_of) -> Tensor out");
+  m.def(
+      "moe_combine_backward(Tensor dout, Tensor y_sorted, Tensor weights, Tensor row_of) -> (Tensor dy_sorted, "
+      "Tensor dweights)");
+  m.def("grouped_gemm(Tensor x_sorted, Tensor weight, Tensor offsets) -> Tensor y");
+  m.def(
+      "grouped_gemm_backward(Tensor dy, Tensor x_sorted, Tensor weight, Tensor offsets, bool need_dx, "
+      "bool need_dweight) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
+      "float z_loss, float label_smoothing) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor dloss, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, "
+      "int ignore_index, float softcap, float z_loss, float label_smoothing, bool need_dhidden, bool need_dweight) "
+      "-> (Tensor dhidden, Tensor dweight)");
+  m.def(
+      "linear_cross_entropy_with_grad(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
+      "float z_loss, float label_smoothing, bool mean, bool need_dhidden, bool need_dweight) "
+      "-> (Tensor loss, Tensor dhidden, Tensor dweight)");
 }

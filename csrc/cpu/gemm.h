@@ -215,8 +215,9 @@ inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
 
 // ---- blocked product -----------------------------------------------------------------------------------------------
 
-// Blocks: a panel of B (256 x kPanel floats) fits half of a 32 KiB L1, B's block (256 x 256) half of a 512 KiB L2.
-constexpr int64_t kBlockK = 256, kBlockN = 256, kBlockM = 20 * kTileRows;
+// Blocks: one chain of k, so that a long product is as accurate as torch's; a panel of B (128 x kPanel floats) then fits
+// a quarter of a 32 KiB L1, B's block (128 x 256) a quarter of a 512 KiB L2. Longer blocks of k were no faster.
+constexpr int64_t kBlockK = kChainSteps, kBlockN = 256, kBlockM = 20 * kTileRows;
 
 struct GemmScratch {
   Scratch<float> a{kBlockM * kBlockK}, b{kBlockN * kBlockK}, edge{kTileRows * kPanel};

@@ -3,6 +3,10 @@ torch.compile, and a pure-torch reference of the same signature in `llmcore.refe
 
 from llmcore.ops.attention import attention, paged_attention
 from llmcore.ops.block_mask import BlockMask
+from llmcore.ops.grouped_gemm import grouped_gemm
+from llmcore.ops.linear_cross_entropy import linear_cross_entropy
+from llmcore.ops.moe_permute import moe_combine, moe_dispatch
+from llmcore.ops.moe_route import moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 
@@ -14,6 +18,11 @@ __all__ = [
     "attention",
     "backend",
     "explain",
+    "grouped_gemm",
+    "linear_cross_entropy",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_route",
     "paged_attention",
     "registry",
     "rms_norm",

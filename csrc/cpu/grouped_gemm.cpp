@@ -1,0 +1,163 @@
+#include "llmcore/grouped_gemm.h"
+
+#include "gemm_workers.h"
+
+namespace llmcore {
+namespace cpu {
+namespace LLMCORE_ISA {
+namespace {
+
+constexpr int64_t kRowBlock = 2 * kBlockM, kColumnBlock = kBlockN;  // of one task
+constexpr int kDirectRows = 4;           // experts with so few rows read their weights once, unpacked
+constexpr int64_t kDirectColumns = 256;  // of one direct task: its sums stay in L1
+
+LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+LLMCORE_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+
+// Numbers the tasks of all experts: first[e] .. first[e + 1] are those of expert e.
+template <class CountFn>
+int64_t number_tasks(int64_t num_experts, int64_t* first, const CountFn& count) {
+  first[0] = 0;
+  for (int64_t e = 0; e < num_experts; ++e) first[e + 1] = first[e] + count(e);
+  return first[num_experts];
+}
+int64_t expert_of(const int64_t* first, int64_t num_experts, int64_t task) {  // the last e with first[e] <= task
+  int64_t low = 0, high = num_experts;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first[middle] <= task ? low : high) = middle;
+  }
+  return low;
+}
+
+// sums[r][j] = x[r] . w[j] for R rows of x (floats, k apart) and n rows of w.
+template <class T, int R>
+void dot_rows(const float* x, const T* w, int64_t w_stride, int64_t n, int64_t k, float* sums, int64_t sums_stride) {
+  constexpr int W = R == 1 ? 4 : 2;  // rows of w at a time: enough sums in flight to hide the latency of an addition
+  for (int64_t j = 0; j < n; j += W) {
+    const T* rows[W];
+    for (int v = 0; v < W; ++v) rows[v] = w + at_most(j + v, n - 1) * w_stride;
+    vf acc[R][W] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes)
+      for (int v = 0; v < W; ++v) {
+        const vf wv = load(rows[v] + i);
+        for (int r = 0; r < R; ++r) acc[r][v] = fma(load(x + r * k + i), wv, acc[r][v]);
+      }
+    if (i < k)
+      for (int v = 0; v < W; ++v) {
+        const vf wv = load_n(rows[v] + i, k - i);
+        for (int r = 0; r < R; ++r) acc[r][v] = fma(load_n(x + r * k + i, k - i), wv, acc[r][v]);
+      }
+    for (int v = 0; v < W && j + v < n; ++v)
+      for (int r = 0; r < R; ++r) sums[r * sums_stride + j + v] = reduce_sum(acc[r][v]);
+  }
+}
+
+// sums[r][j] = sum_i x[r][i] w[i][j]: w is read row by row, n adjacent elements of each.
+template <class T, int R>
+void add_rows(const float* x, const T* w, int64_t w_stride, int64_t n, int64_t k, float* sums, int64_t sums_stride) {
+  for (int r = 0; r < R; ++r)
+    for (int64_t j = 0; j < n; ++j) sums[r * sums_stride + j] = 0.f;
+  for (int64_t i = 0; i < k; i += 2) {
+    const bool pair = i + 1 < k;
+    const T *even = w + i * w_stride, *odd = pair ? even + w_stride : even;
+    vf xe[R], xo[R];
+    for (int r = 0; r < R; ++r) {
+      xe[r] = set1(x[r * k + i]);
+      xo[r] = set1(pair ? x[r * k + i + 1] : 0.f);
+    }
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+      const vf we = load(even + j), wo = pair ? load(odd + j) : zero();
+      for (int r = 0; r < R; ++r) {
+        float* to = sums + r * sums_stride + j;
+        store(to, fma(xo[r], wo, fma(xe[r], we, load(to))));
+      }
+    }
+    if (j < n) {
+      const vf we = load_n(even + j, n - j), wo = pair ? load_n(odd + j, n - j) : zero();
+      for (int r = 0; r < R; ++r) {
+        float* to = sums + r * sums_stride + j;
+        store_n(to, fma(xo[r], wo, fma(xe[r], we, load_n(to, n - j))), n - j);
+      }
+    }
+  }
+}
+
+// y (rows, n) = x (rows, k) * b (k, n) for rows <= kDirectRows. `x_rows` holds kDirectRows * k floats, `sums`
+// kDirectRows * kDirectColumns.
+template <class T>
+void multiply_few(int64_t rows, int64_t n, int64_t k, const T* x, int64_t x_stride, Matrix<T> b, T* y,
+                  int64_t y_stride, float* x_rows, float* sums) {
+  const int64_t padded = rows == 3 ? 4 : rows;
+  for (int64_t r = 0; r < padded; ++r)
+    for (int64_t i = 0; i < k; ++i) x_rows[r * k + i] = r < rows ? to_float(x[r * x_stride + i]) : 0.f;
+  if (b.col_stride == 1) {
+    auto f = padded == 1 ? add_rows<T, 1> : padded == 2 ? add_rows<T, 2> : add_rows<T, 4>;
+    f(x_rows, b.data, b.row_stride, n, k, sums, kDirectColumns);
+  } else {
+    auto f = padded == 1 ? dot_rows<T, 1> : padded == 2 ? dot_rows<T, 2> : dot_rows<T, 4>;
+    f(x_rows, b.data, b.col_stride, n, k, sums, kDirectColumns);
+  }
+  for (int64_t r = 0; r < rows; ++r) store_row(y + r * y_stride, sums + r * kDirectColumns, n);
+}
+
+template <class T>
+void multiply(const GroupedGemmParams& p, const Parallel& par) {
+  Scratch<int64_t> first(p.num_experts + 1);
+  const auto rows_of = [&](int64_t e) -> int64_t { return p.offsets[e + 1] - p.offsets[e]; };
+  const int64_t tasks = number_tasks(p.num_experts, first.data(), [&](int64_t e) -> int64_t {
+    const int64_t rows = rows_of(e);
+    return rows <= kDirectRows ? (rows > 0) * blocks(p.n, kDirectColumns)
+                               : blocks(rows, kRowBlock) * blocks(p.n, kColumnBlock);
+  });
+  GemmWorkers workers(par.threads, kRowBlock * kColumnBlock);
+  Scratch<float> x_rows(par.threads * kDirectRows * p.k);
+  parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
+    const int64_t e = expert_of(first.data(), p.num_experts, task), rows = rows_of(e), of_expert = task - first.data()[e];
+    const T* x = static_cast<const T*>(p.x) + p.offsets[e] * p.x_stride;
+    T* y = static_cast<T*>(p.y) + p.offsets[e] * p.n;
+    Matrix<T> b{static_cast<const T*>(p.weight) + e * p.expert_stride, p.k_stride, p.n_stride};
+    if (rows <= kDirectRows) {
+      const int64_t j = of_expert * kDirectColumns;
+      b.data += j * b.col_stride;
+      multiply_few(rows, at_most(p.n - j, kDirectColumns), p.k, x, p.x_stride, b, y + j, p.n,
+                   x_rows.data() + worker * kDirectRows * p.k, workers.tile(worker));
+      return;
+    }
+    const int64_t row_blocks = blocks(rows, kRowBlock);
+    const int64_t r = of_expert % row_blocks * kRowBlock, j = of_expert / row_blocks * kColumnBlock;
+    b.data += j * b.col_stride;
+    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, kColumnBlock), p.k, Matrix<T>{x + r * p.x_stride, p.x_stride, 1},
+            b, y + r * p.n + j, p.n, workers.tile(worker), workers.packing(worker));
+  });
+}
+
+template <class T>
+void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
+  const int64_t n_blocks = blocks(p.n, kRowBlock), k_blocks = blocks(p.k, kColumnBlock);
+  GemmWorkers workers(par.threads, kRowBlock * kColumnBlock);
+  parallel_tasks(par, p.num_experts * n_blocks * k_blocks, [&](int64_t task, int64_t worker) {
+    const int64_t e = task / (n_blocks * k_blocks), begin = p.offsets[e];
+    const int64_t j = task / k_blocks % n_blocks * kRowBlock, i = task % k_blocks * kColumnBlock;
+    gemm_to(at_most(p.n - j, kRowBlock), at_most(p.k - i, kColumnBlock), p.offsets[e + 1] - begin,
+            Matrix<T>{static_cast<const T*>(p.dy) + begin * p.dy_stride + j, 1, p.dy_stride},
+            Matrix<T>{static_cast<const T*>(p.x) + begin * p.x_stride + i, p.x_stride, 1},
+            static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i, p.k, workers.tile(worker), workers.packing(worker));
+  });
+}
+
+}  // namespace
+
+void grouped_gemm(const GroupedGemmParams& p, const Parallel& par) {
+  LLMCORE_DISPATCH_FLOAT(p.dtype, T, multiply<T>(p, par))
+}
+
+void grouped_gemm_weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
+  LLMCORE_DISPATCH_FLOAT(p.dtype, T, weight_grad<T>(p, par))
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+}  // namespace llmcore

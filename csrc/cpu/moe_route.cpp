@@ -1,0 +1,160 @@
+#include "llmcore/moe_route.h"
+
+#include "simd/simd.h"
+
+namespace llmcore {
+namespace cpu {
+namespace LLMCORE_ISA {
+namespace {
+
+constexpr int64_t kGrainElements = 8192;  // below this a second thread costs more than it saves
+constexpr float kTiny = 1.17549435e-38f;  // the smallest normal float: what a sum of chosen scores is clamped to
+
+// Returns the sum of the scores: NaN when one of them is.
+template <class T>
+float score_row(const T* logits, int64_t n, bool sigmoid_scores, float* scores) {
+  vf sum = zero();
+  if (sigmoid_scores) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const vf s = sigmoid(load_n(logits + i, n - i));
+      store_n(scores + i, s, n - i);
+      sum += s;
+    }
+    return reduce_sum(sum);
+  }
+  float row_max = -__builtin_inff();
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = to_float(logits[i]);
+    row_max = x > row_max ? x : row_max;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t m = n - i;
+    vf e = exp(load_n(logits + i, m) - row_max);
+    if (m < kLanes) e = iota() < static_cast<int32_t>(m) ? e : zero();
+    store_n(scores + i, e, m);
+    sum += e;
+  }
+  const float total = reduce_sum(sum);
+  for (int64_t i = 0; i < n; i += kLanes) store_n(scores + i, load_n(scores + i, n - i) / total, n - i);
+  return total;
+}
+
+// What group [begin, end) of `choice` is worth.
+float group_value(const float* choice, int64_t begin, int64_t end, bool top2) {
+  float first = -__builtin_inff(), second = -__builtin_inff();
+  for (int64_t i = begin; i < end; ++i) {
+    const float c = choice[i];
+    if (c > first) {
+      second = first;
+      first = c;
+    } else if (c > second) {
+      second = c;
+    }
+  }
+  return top2 && end - begin > 1 ? first + second : first;
+}
+
+// Whether values[i] is among the k largest of n; of equals, the lower index comes first.
+bool among_best(const float* values, int64_t n, int64_t k, int64_t i) {
+  int64_t before = 0;
+  for (int64_t j = 0; j < n; ++j) before += values[j] > values[i] || (values[j] == values[i] && j < i);
+  return before < k;
+}
+
+template <class T>
+void forward(const MoeRouteParams& p, const Parallel& par) {
+  const int64_t n = p.num_experts, group_size = n / p.num_groups;
+  const bool limited = p.topk_groups < p.num_groups;
+  int64_t tasks = p.tokens * n / kGrainElements + 1;
+  if (tasks > par.threads) tasks = par.threads;
+  parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
+    float* biased = p.scratch + worker * (2 * n + p.num_groups);
+    float* best = biased + n;
+    float* group_values = best + n;
+    for (int64_t t = p.tokens * task / tasks; t < p.tokens * (task + 1) / tasks; ++t) {
+      float* scores = p.scores + t * n;
+      float* weights = p.weights + t * p.top_k;
+      int32_t* experts = p.experts + t * p.top_k;
+      const float total = score_row(static_cast<const T*>(p.logits) + t * p.logits_stride, n, p.sigmoid, scores);
+      if (total != total) {
+        if (p.bad_token[worker] < 0) p.bad_token[worker] = t;
+        return;
+      }
+      const float* choice = scores;
+      if (p.bias) {
+        for (int64_t i = 0; i < n; ++i) biased[i] = scores[i] + p.bias[i];
+        choice = biased;
+      }
+      if (limited)
+        for (int64_t g = 0; g < p.num_groups; ++g)
+          group_values[g] = group_value(choice, g * group_size, (g + 1) * group_size, p.group_top2);
+      // Insertion into the sorted list of the best so far; strict comparisons keep the lower index first among equals.
+      int64_t held = 0;
+      for (int64_t g = 0; g < p.num_groups; ++g) {
+        if (limited && !among_best(group_values, p.num_groups, p.topk_groups, g)) continue;
+        for (int64_t i = g * group_size; i < (g + 1) * group_size; ++i) {
+          const float c = choice[i];
+          if (held == p.top_k && !(c > best[held - 1])) continue;
+          int64_t at = held < p.top_k ? held++ : held - 1;
+          for (; at > 0 && c > best[at - 1]; --at) {
+            best[at] = best[at - 1];
+            experts[at] = experts[at - 1];
+          }
+          best[at] = c;
+          experts[at] = static_cast<int32_t>(i);
+        }
+      }
+      double sum = 0;
+      for (int64_t j = 0; j < p.top_k; ++j) sum += scores[experts[j]];
+      const double factor = p.renormalize ? p.scale / (sum > kTiny ? sum : kTiny) : p.scale;
+      for (int64_t j = 0; j < p.top_k; ++j) weights[j] = static_cast<float>(scores[experts[j]] * factor);
+    }
+  });
+}
+
+}  // namespace
+
+void moe_route_forward(const MoeRouteParams& p, const Parallel& par) {
+  LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<T>(p, par))
+}
+
+// With s = scores, S = sum of the chosen: dL/ds_j = scale * (dw_j - sum_i dw_i s_i / S) / S for the chosen when
+// renormalised, scale * dw_j when not, plus dscores; then through softmax or sigmoid.
+void moe_route_backward(const MoeRouteBackwardParams& p, const Parallel& par) {
+  const int64_t n = p.num_experts;
+  parallel_ranges(par, p.tokens, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* scores = p.scores + t * n;
+      float* ds = p.dlogits + t * n;
+      if (p.dscores)
+        __builtin_memcpy(ds, p.dscores + t * n, n * sizeof(float));
+      else
+        __builtin_memset(ds, 0, n * sizeof(float));
+      if (p.dweights) {
+        const int32_t* experts = p.experts + t * p.top_k;
+        const float* dw = p.dweights + t * p.top_k;
+        double sum = 0, dot = 0;
+        for (int64_t j = 0; j < p.top_k; ++j) {
+          sum += scores[experts[j]];
+          dot += static_cast<double>(dw[j]) * scores[experts[j]];
+        }
+        const bool clamped = sum < kTiny;  // then the divisor is a constant
+        const double factor = p.renormalize ? p.scale / (clamped ? kTiny : sum) : p.scale;
+        const double mean = p.renormalize && !clamped ? dot / sum : 0;
+        for (int64_t j = 0; j < p.top_k; ++j) ds[experts[j]] += static_cast<float>((dw[j] - mean) * factor);
+      }
+      vf dot = zero();
+      if (!p.sigmoid)
+        for (int64_t i = 0; i < n; i += kLanes) dot = fma(load_n(scores + i, n - i), load_n(ds + i, n - i), dot);
+      const float mean = reduce_sum(dot);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const vf s = load_n(scores + i, n - i), d = load_n(ds + i, n - i);
+        store_n(ds + i, p.sigmoid ? d * s * (1.f - s) : s * (d - mean), n - i);
+      }
+    }
+  });
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+}  // namespace llmcore

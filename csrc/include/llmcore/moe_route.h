@@ -1,0 +1,41 @@
+// The router of a mixture-of-experts layer: scores, group-limited top-k choice, combination weights.
+#pragma once
+#include "llmcore/dtype.h"
+#include "llmcore/isa.h"
+
+namespace llmcore {
+
+// scores = softmax or sigmoid of logits; the top_k experts by scores + bias, among the topk_groups best of num_groups
+// equal groups; weights = the chosen scores, over their sum when `renormalize`, times scale.
+struct MoeRouteParams {
+  DType dtype;  // of logits
+  int64_t tokens, num_experts, top_k;
+  int64_t num_groups, topk_groups;  // num_groups divides num_experts; topk_groups of them hold >= top_k experts
+  bool sigmoid, renormalize;
+  bool group_top2;  // a group is worth the sum of its two best experts, else its best one
+  float scale;
+  const void* logits;  // (tokens, num_experts)
+  int64_t logits_stride;
+  const float* bias;  // (num_experts), finite, or null
+  float* weights;     // (tokens, top_k)
+  int32_t* experts;   // (tokens, top_k), best first
+  float* scores;      // (tokens, num_experts)
+  float* scratch;     // (threads, 2 * num_experts + num_groups)
+  int64_t* bad_token;  // (threads), preset to -1: per worker, a token whose scores are not numbers
+};
+
+struct MoeRouteBackwardParams {
+  int64_t tokens, num_experts, top_k;
+  bool sigmoid, renormalize;
+  float scale;
+  const float* dweights;   // (tokens, top_k) or null
+  const float* dscores;    // (tokens, num_experts) or null
+  const float* scores;     // (tokens, num_experts)
+  const int32_t* experts;  // (tokens, top_k)
+  float* dlogits;          // (tokens, num_experts)
+};
+
+LLMCORE_CPU_KERNEL(moe_route_forward, MoeRouteParams)
+LLMCORE_CPU_KERNEL(moe_route_backward, MoeRouteBackwardParams)
+
+}  // namespace llmcore
