@@ -7,10 +7,6 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
-
-LLMCORE_INLINE int64_t row_grain(int64_t dim) { return kGrainElements / dim + 1; }
-
 template <class T>
 void forward(const RmsNormParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
