@@ -44,8 +44,9 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& cos, const Tensor& sin
   LLMCORE_CHECK(shape_text(cos) == shape_text(sin), "rope: cos has shape ", shape_text(cos), ", but sin has ",
                 shape_text(sin), "; they must be equal");
   const int64_t length = cos.size(0), head_dim = x.size(-1);
-  LLMCORE_CHECK(2 * cos.size(1) <= head_dim, "rope: the tables rotate ", 2 * cos.size(1), " elements (rotary_dim, from ",
-                "cos of shape ", shape_text(cos), "), but x's head_dim is ", head_dim, "; rotary_dim must not exceed it");
+  LLMCORE_CHECK(2 * cos.size(1) <= head_dim, "rope: the tables rotate ", 2 * cos.size(1),
+                " elements (rotary_dim, from cos of shape ", shape_text(cos), "), but x's head_dim is ", head_dim,
+                "; rotary_dim must not exceed it");
   if (!positions) {
     const int64_t seq = x.size(x.dim() - 3);
     LLMCORE_CHECK(seq <= length || x.numel() == 0, "rope: position ", seq - 1, " (the last of ", seq,

@@ -25,8 +25,8 @@ void forward(const DytParams& p, const Parallel& par) {
   });
 }
 
-// With t = tanh(alpha * x) and g = dy * weight * (1 - t^2): dx = alpha * g; dalpha = sum g * x; dweight = sum_rows dy * t;
-// dbias = sum_rows dy.
+// With t = tanh(alpha * x) and g = dy * weight * (1 - t^2): dx = alpha * g; dalpha = sum g * x;
+// dweight = sum_rows dy * t; dbias = sum_rows dy.
 template <class T>
 void backward(const DytBackwardParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
@@ -43,8 +43,9 @@ void backward(const DytBackwardParams& p, const Parallel& par) {
       T* dx = static_cast<T*>(p.dx) + r * p.dim;
       vf row_dalpha = zero();
       for_row(p.dim, [&](int64_t i, auto n) {
-        const vf v = load_n(x + i, n), d = load_n(dy + i, n), t = tanh(v * alpha);
-        const vf g = d * load_n(weight + i, n) * (1.f - t * t);
+        vf slope;
+        const vf v = load_n(x + i, n), d = load_n(dy + i, n), t = tanh_and_slope(v * alpha, slope);
+        const vf g = d * load_n(weight + i, n) * slope;
         store_n(dx + i, g * alpha, n);
         row_dalpha = fma(g, v, row_dalpha);
         store_n(dweight + i, fma(d, t, load_n(dweight + i, n)), n);

@@ -25,9 +25,11 @@ struct GeluTanh {
   static LLMCORE_INLINE vf inner(vf g) { return kScale * g * fma(g * g, set1(kCubic), set1(1.f)); }
   static LLMCORE_INLINE vf value(vf g) { return 0.5f * g * (1.f + tanh(inner(g))); }
   static LLMCORE_INLINE ValueAndSlope both(vf g) {
-    const vf t = tanh(inner(g)), half = 0.5f * (1.f + t);
-    const vf dinner = kScale * fma(g * g, set1(3.f * kCubic), set1(1.f));
-    return {g * half, half + 0.5f * g * (1.f - t * t) * dinner};
+    vf slope;
+    const vf c = max(set1(-30.f), min(set1(30.f), g));  // saturated long before; 0 * g^3 must not become 0 * inf
+    const vf half = 0.5f * (1.f + tanh_and_slope(inner(c), slope));
+    const vf dinner = kScale * fma(c * c, set1(3.f * kCubic), set1(1.f));
+    return {g * half, half + 0.5f * c * slope * dinner};
   }
 };
 

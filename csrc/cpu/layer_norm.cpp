@@ -74,7 +74,9 @@ void backward(const LayerNormBackwardParams& p, const Parallel& par) {
       const float mean = p.mean[r], rstd = p.rstd[r];
       vf sum = zero(), dot = zero();
       for_row(p.dim, [&](int64_t i, auto n) {
-        const vf xhat = (load_n(z + i, n) - mean) * rstd, d = load_n(dy + i, n), g = d * load_n(weight + i, n);
+        const vf xhat = (load_n(z + i, n) - mean) * rstd, d = load_n(dy + i, n);
+        const vf g = rounded(d * load_n(weight + i, n));  // the same number in both passes: where all g are equal,
+                                                          // g - mean(g) is 0
         store_n(dweight + i, fma(d, xhat, load_n(dweight + i, n)), n);
         if (dbias) store_n(dbias + i, d + load_n(dbias + i, n), n);
         sum += g;
@@ -83,9 +85,10 @@ void backward(const LayerNormBackwardParams& p, const Parallel& par) {
       const float mean_g = reduce_sum(sum) * inverse_dim, mean_dot = reduce_sum(dot) * inverse_dim;
       for_row(p.dim, [&](int64_t i, auto n) {
         const vf xhat = (load_n(z + i, n) - mean) * rstd;
-        vf g = rstd * (load_n(dy + i, n) * load_n(weight + i, n) - mean_g - xhat * mean_dot);
-        if (dz) g += load_n(dz + i, n);
-        store_n(dx + i, g, n);
+        const vf g = rounded(load_n(dy + i, n) * load_n(weight + i, n));
+        vf gradient = rstd * (g - mean_g - xhat * mean_dot);
+        if (dz) gradient += load_n(dz + i, n);
+        store_n(dx + i, gradient, n);
       });
     }
   });

@@ -191,7 +191,7 @@ LLMCORE_INLINE void for_row(int64_t dim, const F& f) {
   if (i < dim) f(i, dim - i);
 }
 
-// ---- lanes as pairs: for element pairs stored side by side -----------------------------------------------------------
+// ---- lanes as pairs: for element pairs stored side by side ---------------------------------------------------------
 
 LLMCORE_INLINE vf swap_pairs(vf x) {  // 1 0 3 2 ...
 #if defined(__AVX512F__)
@@ -232,6 +232,17 @@ LLMCORE_INLINE vf repeat_high(vf x) {  // kLanes/2 kLanes/2 ... kLanes-1 kLanes-
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 LLMCORE_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: -ffp-contract=fast
+// x as a rounded number of its own: a product in it is not contracted with the addition that follows.
+LLMCORE_INLINE vf rounded(vf x) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(x);
+#elif __has_builtin(__arithmetic_fence)
+  return __arithmetic_fence(x);
+#endif
+#endif
+  return x;
+}
 LLMCORE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }     // b when either is NaN, as maxps
 LLMCORE_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 LLMCORE_INLINE vf abs(vf a) { return bit_cast<vf>(bit_cast<vu>(a) & 0x7fffffffu); }
@@ -307,16 +318,27 @@ LLMCORE_INLINE vf exp(vf x) {
 }
 LLMCORE_INLINE vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
 
-// tanh, relative error below 4e-7: Cephes' odd polynomial near 0, else 1 - 2 / (e^2|x| + 1).
-LLMCORE_INLINE vf tanh(vf x) {
-  const vf a = abs(x), z = x * x;
+// tanh for |x| < 0.625: Cephes' odd polynomial.
+LLMCORE_INLINE vf tanh_near_zero(vf x) {
+  const vf z = x * x;
   vf p = fma(set1(-5.70498872745e-3f), z, set1(2.06390887954e-2f));
   p = fma(p, z, set1(-5.37397155531e-2f));
   p = fma(p, z, set1(1.33314422036e-1f));
   p = fma(p, z, set1(-3.33332819422e-1f));
-  const vf near = fma(p * z, x, x);
+  return fma(p * z, x, x);
+}
+// tanh, relative error below 4e-7: from 0.625 on, 1 - 2 / (e^2|x| + 1).
+LLMCORE_INLINE vf tanh(vf x) {
+  const vf a = abs(x);
   const vf far = copysign(1.f - 2.f / (exp2(a * (2.f * kLog2e)) + 1.f), x);
-  return a < 0.625f ? near : (x == x ? far : x);
+  return a < 0.625f ? tanh_near_zero(x) : (x == x ? far : x);
+}
+// tanh, and its derivative without the cancellation of 1 - tanh^2: with q = 1 - tanh|x|, it is q (2 - q).
+LLMCORE_INLINE vf tanh_and_slope(vf x, vf& slope) {
+  const vf a = abs(x), u = exp2(a * (-2.f * kLog2e)), q = 2.f * u / (1.f + u);
+  const vf t = a < 0.625f ? tanh_near_zero(x) : (x == x ? copysign(1.f - q, x) : x);
+  slope = a < 0.625f ? 1.f - t * t : q * (2.f - q);
+  return t;
 }
 
 // erf, absolute error below 1.2e-7 and relative error below 2.5e-7 (measured against float64, see tests/ops/test_glu.py).

@@ -16,7 +16,8 @@ struct Parallel {
 namespace cpu {
 namespace LLMCORE_ISA {
 
-// The grain of parallel_ranges over rows of `dim` >= 1 elements: below 16384 elements a thread costs more than it saves.
+// The grain of parallel_ranges over rows of `dim` >= 1 elements: below 16384 elements a thread costs more than it
+// saves.
 inline int64_t row_grain(int64_t dim) { return 16384 / dim + 1; }
 
 // f(begin, end): contiguous ranges of [0, n), at least `grain` long, one per thread. For work of even cost.
