@@ -4,6 +4,9 @@ They import torch only, are differentiable through torch's autograd, run in any 
 written to be read; speed is not their business.
 """
 
-from llmcore.reference.norms import rms_norm
+from llmcore.reference.glu import geglu, swiglu
+from llmcore.reference.kv_cache import kv_cache_write
+from llmcore.reference.norms import dyt, layer_norm, rms_norm
+from llmcore.reference.rope import rope, rope_
 
-__all__ = ["rms_norm"]
+__all__ = ["dyt", "geglu", "kv_cache_write", "layer_norm", "rms_norm", "rope", "rope_", "swiglu"]
