@@ -1,5 +1,6 @@
 #include "common.h"
 
+#include <algorithm>
 #include <array>
 
 namespace llmcore {
@@ -62,6 +63,49 @@ void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const ch
 void check_dtype(const Tensor& t, ScalarType dtype, const char* what) {
   LLMCORE_CHECK(t.scalar_type() == dtype, what, " has dtype ", dtype_name(t.scalar_type()), "; expected ",
                 dtype_name(dtype));
+}
+
+void check_like(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape, const char* what,
+                const char* like_what) {
+  check_cpu(t, what);
+  check_same_dtype(t, like, what, like_what);
+  check_shape(t, shape, what);
+}
+
+void check_same_shape(const Tensor& t, const Tensor& like, const char* what, const char* like_what) {
+  check_cpu(t, what);
+  check_same_dtype(t, like, what, like_what);
+  LLMCORE_CHECK(shape_text(t) == shape_text(like), what, " has shape ", shape_text(t), ", but ", like_what, " has ",
+                shape_text(like), "; they must be equal");
+}
+
+void check_writable(const Tensor& t, const char* what) {
+  if (t.numel() == 0) return;
+  const int64_t last = t.dim() - 1;
+  LLMCORE_CHECK(last < 0 || t.size(last) == 1 || t.stride(last) == 1, what, " has stride ",
+                last < 0 ? 0 : t.stride(last), " in its last dimension; it is written in place and must have stride 1");
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size); any view of a dense tensor nests when sorted
+  for (int64_t d = 0; d <= last; ++d)
+    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;
+  for (auto [stride, size] : dims) {
+    LLMCORE_CHECK(stride >= extent, what, " has overlapping elements (a dimension of size ", size, " has stride ",
+                  stride, "); it is written in place, so pass a tensor whose elements are distinct");
+    extent += stride * (size - 1);
+  }
+}
+
+std::vector<int64_t> index_values(const Tensor& t, const char* what) {
+  check_cpu(t, what);
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  LLMCORE_CHECK(wide || t.scalar_type() == ScalarType::Int, what, " has dtype ", dtype_name(t.scalar_type()),
+                "; accepted: int32, int64");
+  const Tensor values = dense(t);
+  const void* data = values.const_data_ptr();
+  const int64_t count = values.numel();
+  if (wide) return {static_cast<const int64_t*>(data), static_cast<const int64_t*>(data) + count};
+  return {static_cast<const int32_t*>(data), static_cast<const int32_t*>(data) + count};
 }
 
 Tensor last_dim_contiguous(const Tensor& t) {

@@ -45,6 +45,16 @@ void check_dim(const Tensor& t, int64_t dim, const char* what, const char* shape
 void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* what);
 void check_dtype(const Tensor& t, ScalarType dtype, const char* what);
 
+// On the CPU, of `like`'s dtype, and of the given shape / of `like`'s shape.
+void check_like(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape, const char* what,
+                const char* like_what);
+void check_same_shape(const Tensor& t, const Tensor& like, const char* what, const char* like_what);
+// Of an argument that the op mutates: the last dimension is contiguous and no two elements share memory.
+void check_writable(const Tensor& t, const char* what);
+
+// The values of an int32 or int64 CPU tensor in row-major order; an error that names `what` for any other dtype.
+std::vector<int64_t> index_values(const Tensor& t, const char* what);
+
 // The tensor itself if its last dimension is contiguous, else a contiguous copy.
 Tensor last_dim_contiguous(const Tensor& t);
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -7,10 +7,6 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
-
-LLMCORE_INLINE int64_t row_grain(int64_t dim) { return kGrainElements / dim + 1; }
-
 template <class T>
 void forward(const RmsNormParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
@@ -21,24 +17,25 @@ void forward(const RmsNormParams& p, const Parallel& par) {
       T* y = static_cast<T*>(p.y) + r * p.dim;
       T* z = p.residual ? static_cast<T*>(p.z) + r * p.dim : nullptr;
       vf sum = zero();
-      for (int64_t i = 0; i < p.dim; i += kLanes) {
-        const int64_t n = p.dim - i;
-        vf v = load_n(x + i, n);
-        if (residual) {
-          v += load_n(residual + i, n);
-          store_n(z + i, v, n);
-          v = load_n(z + i, n);  // what the next layer will see: rounded to the dtype
-        }
-        sum = fma(v, v, sum);
+      if (residual) {
+        for_row(p.dim, [&](int64_t i, auto n) {
+          store_n(z + i, load_n(x + i, n) + load_n(residual + i, n), n);
+          const vf v = load_n(z + i, n);  // what the next layer will see: rounded to the dtype
+          sum = fma(v, v, sum);
+        });
+      } else {
+        for_row(p.dim, [&](int64_t i, auto n) {
+          const vf v = load_n(x + i, n);
+          sum = fma(v, v, sum);
+        });
       }
       const float mean = reduce_sum(sum) / static_cast<float>(p.dim);
       const float rstd = 1.f / __builtin_sqrtf(mean + p.eps);
       p.rstd[r] = rstd;
       const T* in = residual ? z : x;
-      for (int64_t i = 0; i < p.dim; i += kLanes) {
-        const int64_t n = p.dim - i;
+      for_row(p.dim, [&](int64_t i, auto n) {
         store_n(y + i, load_n(in + i, n) * rstd * load_n(weight + i, n), n);
-      }
+      });
     }
   });
 }
@@ -58,19 +55,17 @@ void backward(const RmsNormBackwardParams& p, const Parallel& par) {
       T* dx = static_cast<T*>(p.dx) + r * p.dim;
       const float rstd = p.rstd[r];
       vf dot = zero();
-      for (int64_t i = 0; i < p.dim; i += kLanes) {
-        const int64_t n = p.dim - i;
+      for_row(p.dim, [&](int64_t i, auto n) {
         const vf xhat = load_n(z + i, n) * rstd, d = load_n(dy + i, n);
         store_n(dweight + i, fma(d, xhat, load_n(dweight + i, n)), n);
         dot = fma(d * load_n(weight + i, n), xhat, dot);
-      }
+      });
       const float mean = reduce_sum(dot) / static_cast<float>(p.dim);
-      for (int64_t i = 0; i < p.dim; i += kLanes) {
-        const int64_t n = p.dim - i;
+      for_row(p.dim, [&](int64_t i, auto n) {
         vf g = rstd * (load_n(dy + i, n) * load_n(weight + i, n) - load_n(z + i, n) * (rstd * mean));
         if (dz) g += load_n(dz + i, n);
         store_n(dx + i, g, n);
-      }
+      });
     }
   });
 }

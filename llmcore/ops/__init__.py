@@ -3,12 +3,17 @@ torch.compile, and a pure-torch reference of the same signature in `llmcore.refe
 
 from llmcore.ops.attention import attention, paged_attention
 from llmcore.ops.block_mask import BlockMask
+from llmcore.ops.dyt import dyt
+from llmcore.ops.glu import geglu, swiglu
 from llmcore.ops.grouped_gemm import grouped_gemm
+from llmcore.ops.kv_cache_write import kv_cache_write
+from llmcore.ops.layer_norm import layer_norm
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch
 from llmcore.ops.moe_route import moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
+from llmcore.ops.rope import rope, rope_, rope_tables
 
 __all__ = [
     "BackendFallbackWarning",
@@ -17,8 +22,12 @@ __all__ = [
     "Sample",
     "attention",
     "backend",
+    "dyt",
     "explain",
+    "geglu",
     "grouped_gemm",
+    "kv_cache_write",
+    "layer_norm",
     "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",
@@ -26,5 +35,9 @@ __all__ = [
     "paged_attention",
     "registry",
     "rms_norm",
+    "rope",
+    "rope_",
+    "rope_tables",
     "support",
+    "swiglu",
 ]

@@ -19,3 +19,26 @@ def rms_norm(
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = (y * weight.to(wide.dtype)).to(x.dtype)
     return y if residual is None else (y, z)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `llmcore.ops.layer_norm`."""
+    z = x if residual is None else x + residual
+    wide = z.to(_compute_dtype(x))
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
+    if bias is not None:
+        y = y + bias.to(wide.dtype)
+    y = y.to(x.dtype)
+    return y if residual is None else (y, z)
+
+
+def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `llmcore.ops.dyt`."""
+    wide = _compute_dtype(x)
+    y = torch.tanh(alpha.to(wide).reshape(()) * x.to(wide)) * weight.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype)

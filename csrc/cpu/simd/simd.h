@@ -178,9 +178,71 @@ LLMCORE_INLINE void store_n(T* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buf[i];
 }
 
+// Walks a row of `dim` elements in vectors: f(i, n) for lanes [i, i + n). In the main loop n is the constant kLanes (by
+// its type), so that load_n and store_n lose their branch; the tail comes last, with an int64_t n < kLanes.
+// f is a generic lambda: [&](int64_t i, auto n) { store_n(y + i, load_n(x + i, n), n); }
+struct FullVector {
+  constexpr operator int64_t() const { return kLanes; }
+};
+template <class F>
+LLMCORE_INLINE void for_row(int64_t dim, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) f(i, FullVector{});
+  if (i < dim) f(i, dim - i);
+}
+
+// ---- lanes as pairs: for element pairs stored side by side ---------------------------------------------------------
+
+LLMCORE_INLINE vf swap_pairs(vf x) {  // 1 0 3 2 ...
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_permute_ps(0xffff, (__m512)x, 0xb1);
+#elif defined(__AVX2__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  return (vf)_mm256_permute_ps((__m256)x, 0xb1);
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x[i ^ 1];
+  return v;
+#endif
+}
+LLMCORE_INLINE vf repeat_low(vf x) {  // 0 0 1 1 ... kLanes/2-1 kLanes/2-1
+#if defined(__AVX512F__)
+  const __m512i at = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return (vf)_mm512_maskz_permutexvar_ps(0xffff, at, (__m512)x);
+#elif defined(__AVX2__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  return (vf)_mm256_permutevar8x32_ps((__m256)x, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x[i / 2];
+  return v;
+#endif
+}
+LLMCORE_INLINE vf repeat_high(vf x) {  // kLanes/2 kLanes/2 ... kLanes-1 kLanes-1
+#if defined(__AVX512F__)
+  const __m512i at = _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
+  return (vf)_mm512_maskz_permutexvar_ps(0xffff, at, (__m512)x);
+#elif defined(__AVX2__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  return (vf)_mm256_permutevar8x32_ps((__m256)x, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x[kLanes / 2 + i / 2];
+  return v;
+#endif
+}
+
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 LLMCORE_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: -ffp-contract=fast
+// x as a rounded number of its own: a product in it is not contracted with the addition that follows.
+LLMCORE_INLINE vf rounded(vf x) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(x);
+#elif __has_builtin(__arithmetic_fence)
+  return __arithmetic_fence(x);
+#endif
+#endif
+  return x;
+}
 LLMCORE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }     // b when either is NaN, as maxps
 LLMCORE_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 LLMCORE_INLINE vf abs(vf a) { return bit_cast<vf>(bit_cast<vu>(a) & 0x7fffffffu); }
@@ -256,16 +318,49 @@ LLMCORE_INLINE vf exp(vf x) {
 }
 LLMCORE_INLINE vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
 
-// tanh, relative error below 4e-7: Cephes' odd polynomial near 0, else 1 - 2 / (e^2|x| + 1).
-LLMCORE_INLINE vf tanh(vf x) {
-  const vf a = abs(x), z = x * x;
+// tanh for |x| < 0.625: Cephes' odd polynomial.
+LLMCORE_INLINE vf tanh_near_zero(vf x) {
+  const vf z = x * x;
   vf p = fma(set1(-5.70498872745e-3f), z, set1(2.06390887954e-2f));
   p = fma(p, z, set1(-5.37397155531e-2f));
   p = fma(p, z, set1(1.33314422036e-1f));
   p = fma(p, z, set1(-3.33332819422e-1f));
-  const vf near = fma(p * z, x, x);
+  return fma(p * z, x, x);
+}
+// tanh, relative error below 4e-7: from 0.625 on, 1 - 2 / (e^2|x| + 1).
+LLMCORE_INLINE vf tanh(vf x) {
+  const vf a = abs(x);
   const vf far = copysign(1.f - 2.f / (exp2(a * (2.f * kLog2e)) + 1.f), x);
-  return a < 0.625f ? near : (x == x ? far : x);
+  return a < 0.625f ? tanh_near_zero(x) : (x == x ? far : x);
+}
+// tanh, and its derivative without the cancellation of 1 - tanh^2: with q = 1 - tanh|x|, it is q (2 - q).
+LLMCORE_INLINE vf tanh_and_slope(vf x, vf& slope) {
+  const vf a = abs(x), u = exp2(a * (-2.f * kLog2e)), q = 2.f * u / (1.f + u);
+  const vf t = a < 0.625f ? tanh_near_zero(x) : (x == x ? copysign(1.f - q, x) : x);
+  slope = a < 0.625f ? 1.f - t * t : q * (2.f - q);
+  return t;
+}
+
+// erf, absolute error below 1.2e-7 and relative error below 2.5e-7 (measured against float64, see tests/ops/test_glu.py).
+// Below 1: x times a polynomial in x^2; above: 1 - 2^p(|x|), where p is log2(erfc) fitted by weighted least squares at
+// Chebyshev nodes; from 4 on erf is 1 to float precision.
+LLMCORE_INLINE vf erf(vf x) {
+  const vf z = x * x;
+  vf near = fma(set1(7.847259258e-5f), z, set1(-8.008189034e-4f));
+  near = fma(near, z, set1(5.188099109e-3f));
+  near = fma(near, z, set1(-2.685369179e-2f));
+  near = fma(near, z, set1(1.128358245e-1f));
+  near = fma(near, z, set1(-3.761262596e-1f));
+  near = fma(near, z, set1(1.128379107f));
+  const vf a = min(abs(x), set1(4.f));
+  vf p = fma(set1(2.691372356e-4f), a, set1(-4.254429601e-3f));
+  p = fma(p, a, set1(3.151092306e-2f));
+  p = fma(p, a, set1(-1.487583816e-1f));
+  p = fma(p, a, set1(-9.206449986e-1f));
+  p = fma(p, a, set1(-1.626045585f));
+  p = fma(p, a, set1(-4.933473538e-4f));
+  const vf far = copysign(1.f - exp2(p), x);
+  return abs(x) < 1.f ? near * x : (x == x ? far : x);
 }
 
 // ---- shuffles ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,10 @@ struct Parallel {
 namespace cpu {
 namespace LLMCORE_ISA {
 
+// The grain of parallel_ranges over rows of `dim` >= 1 elements: below 16384 elements a thread costs more than it
+// saves.
+inline int64_t row_grain(int64_t dim) { return 16384 / dim + 1; }
+
 // f(begin, end): contiguous ranges of [0, n), at least `grain` long, one per thread. For work of even cost.
 template <class F>
 inline void parallel_ranges(const Parallel& par, int64_t n, int64_t grain, const F& f) {

@@ -1,0 +1,20 @@
+"""Gated linear units."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from llmcore.reference.norms import _compute_dtype
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `llmcore.ops.swiglu`."""
+    dtype = _compute_dtype(gate)
+    return (silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+    """See `llmcore.ops.geglu`."""
+    dtype = _compute_dtype(gate)
+    return (gelu(gate.to(dtype), approximate=approximate) * up.to(dtype)).to(gate.dtype)

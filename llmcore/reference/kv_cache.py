@@ -1,0 +1,53 @@
+"""The paged cache of keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kv_cache_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """See `llmcore.ops.kv_cache_write`."""
+    num_blocks, block_size = k_cache.shape[:2]
+    slots = slot_mapping.long()
+    outside = (slots < -1) | (slots >= num_blocks * block_size)
+    if outside.any():
+        token = outside.nonzero()[0].item()
+        raise RuntimeError(
+            f"kv_cache_write: slot {slots[token].item()} (token {token}) is outside the cache of "
+            f"{num_blocks * block_size} slots; accepted: 0 to {num_blocks * block_size - 1}, or -1 to skip"
+        )
+    written = slots >= 0
+    distinct, counts = slots[written].unique(return_counts=True)
+    if (counts > 1).any():
+        raise RuntimeError(
+            f"kv_cache_write: slot {distinct[counts > 1][0].item()} is given to more than one token; "
+            "every slot but -1 may occur once"
+        )
+    where = slots[written] // max(block_size, 1), slots[written] % max(block_size, 1)
+    for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        rows = new[written]
+        if cache.dtype == torch.int8:
+            rows, scale[where] = _quantise(rows, scale.dtype)
+        cache[where] = rows.to(cache.dtype)
+
+
+def _quantise(rows: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(tokens, heads, dim) -> int8 values and (tokens, heads) scales. The arithmetic is defined in float32, whatever
+    the input: an int8 cache holds the same bits from every backend."""
+    wide = rows.float()
+    largest = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(wide.shape[:-1])
+    scale = largest / torch.full_like(largest, 127)
+    usable = (scale > 0) & scale.isfinite()
+    quotient = wide / torch.where(usable, scale, torch.ones_like(scale)).unsqueeze(-1)
+    q = torch.where(usable.unsqueeze(-1), quotient.round().clamp(-127, 127), torch.zeros_like(wide))
+    return q.to(torch.int8), torch.where(largest.isfinite(), scale, torch.full_like(scale, torch.nan)).to(scale_dtype)
