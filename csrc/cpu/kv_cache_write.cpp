@@ -62,8 +62,8 @@ void write(const KvCacheWriteParams& p, const Parallel& par) {
       if (p.slots[token] < 0) continue;
       const int64_t block = p.slots[token] / p.block_size, offset = p.slots[token] % p.block_size;
       for (int64_t head = 0; head < p.kv_heads; ++head) {
-        write_row<T>(p.k, p.cache_dtype, token, block, offset, head);
-        write_row<T>(p.v, p.cache_dtype, token, block, offset, head);
+        if (p.k.head_dim > 0) write_row<T>(p.k, p.cache_dtype, token, block, offset, head);
+        if (p.v.head_dim > 0) write_row<T>(p.v, p.cache_dtype, token, block, offset, head);
       }
     }
   });

@@ -35,6 +35,8 @@ def kv_cache_write(
         )
     where = slots[written] // max(block_size, 1), slots[written] % max(block_size, 1)
     for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if new.shape[-1] == 0:  # nothing to hold, nor to scale
+            continue
         rows = new[written]
         if cache.dtype == torch.int8:
             rows, scale[where] = _quantise(rows, scale.dtype)
@@ -45,7 +47,7 @@ def _quantise(rows: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(tokens, heads, dim) -> int8 values and (tokens, heads) scales. The arithmetic is defined in float32, whatever
     the input: an int8 cache holds the same bits from every backend."""
     wide = rows.float()
-    largest = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(wide.shape[:-1])
+    largest = wide.abs().amax(-1)
     scale = largest / torch.full_like(largest, 127)
     usable = (scale > 0) & scale.isfinite()
     quotient = wide / torch.where(usable, scale, torch.ones_like(scale)).unsqueeze(-1)

@@ -26,8 +26,8 @@ def test_erf_error_is_as_stated(isa):
     value = geglu(gate, torch.ones_like(gate), "none").double()
     z = gate.double()
     exact = z / 2 * (1 + torch.erf(z * math.sqrt(0.5)))
-    # half of erf's 1.2e-7, and a few roundings of the expression around it
-    assert ((value - exact) / z).abs().max() < 0.6e-7 + 1.5 * torch.finfo(torch.float32).eps
+    # half of erf's 1.6e-7, and the roundings of the expression around it
+    assert ((value - exact) / z).abs().max() < 0.8e-7 + torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("op", [swiglu, lambda g, u: geglu(g, u, "tanh"), lambda g, u: geglu(g, u, "none")])

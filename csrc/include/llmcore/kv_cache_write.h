@@ -19,7 +19,7 @@ struct CacheSide {
 // Token t goes to block slots[t] / block_size, offset slots[t] % block_size; a slot of -1 skips the token. No slot
 // occurs twice. A float cache of another dtype converts; an int8 cache holds round_to_even(x / scale) with
 // scale = max|x| / 127 per token and head. A row of zeros has scale 0; a row with inf or NaN has scale NaN, so that it
-// reads back as NaN.
+// reads back as NaN. A side with head_dim 0 is left alone, its scales included.
 struct KvCacheWriteParams {
   DType dtype;        // of the sources
   DType cache_dtype;  // f32, bf16, f16 or i8
