@@ -1,0 +1,27 @@
+"""Checkpoints: safetensors and JSON, written atomically, verified when read. Nothing is pickled."""
+
+from llmcore.checkpoints.store import (
+    Checkpoint,
+    CheckpointError,
+    copy_tensors,
+    find_latest,
+    list_checkpoints,
+    load_checkpoint,
+    model_tensors,
+    resolve,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "copy_tensors",
+    "find_latest",
+    "list_checkpoints",
+    "load_checkpoint",
+    "model_tensors",
+    "resolve",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

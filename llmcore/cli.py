@@ -1,0 +1,229 @@
+"""The command line: ``llmcore quickstart | pretrain | generate | tokenizer train | info``.
+
+What a user got wrong is one line on stderr and exit code 2, a run that diverged is 1, Ctrl-C is 130; anything else is a
+bug and shows its trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+USER_ERROR, DIVERGED = 2, 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _finish(run_dir: Path, result: object, resume_command: str) -> int:
+    """Say how a run ended; its exit code."""
+    if result.signal is not None:
+        _say(f"stopped by {signal.Signals(result.signal).name} after step {result.step}; saved {result.checkpoint}")
+        _say(f"resume with: {resume_command}")
+        return 128 + result.signal
+    print((run_dir / "report.md").read_text(encoding="utf-8"))
+    print(f"run folder: {run_dir}\ngenerate with: llmcore generate --model {shlex.quote(str(run_dir))} --prompt 'def '")
+    return 0
+
+
+def _run(recipe: object, run_dir: Path, args: argparse.Namespace, *, resume: bool) -> int:
+    from llmcore.training.pretrain import pretrain
+
+    resume_command = f"llmcore pretrain --resume {shlex.quote(str(run_dir))}"
+    try:
+        result = pretrain(recipe, run_dir, command=args.command_line, resume=resume, say=_say)
+    except KeyboardInterrupt:
+        _say(f"aborted; resume with: {resume_command}")
+        raise
+    return _finish(run_dir, result, resume_command)
+
+
+def quickstart(args: argparse.Namespace) -> int:
+    from llmcore.training.config import SHIPPED, RecipeError, load_recipe
+    from llmcore.training.pretrain import new_run_dir
+
+    overrides = list(args.set)
+    if args.minutes is not None:
+        if not 0 < args.minutes < float("inf"):
+            raise RecipeError(f"--minutes is {args.minutes}; accepted is a number above 0")
+        overrides.insert(0, f"train.max_seconds={args.minutes * 60}")
+    if args.resume:
+        if args.data:
+            raise RecipeError("--data goes with a new run; --resume goes on with the data of the old one")
+        run_dir = Path(args.out) if args.out else _newest_run("quickstart")
+        return _run(_own_recipe(run_dir, overrides), run_dir, args, resume=True)
+    if args.data:
+        overrides.append(f"data.sources=[{{path = {json.dumps(args.data, ensure_ascii=False)}}}]")
+    run_dir = Path(args.out) if args.out else new_run_dir("quickstart")
+    return _run(load_recipe(SHIPPED / "quickstart.toml", overrides), run_dir, args, resume=False)
+
+
+def _own_recipe(run_dir: Path, overrides: list[str]) -> object:
+    from llmcore.training.config import load_recipe
+
+    if not (run_dir / "recipe.toml").is_file():
+        raise FileNotFoundError(f"{run_dir} is no run folder: it has no recipe.toml")
+    return load_recipe(run_dir / "recipe.toml", overrides)
+
+
+def _newest_run(name: str) -> Path:
+    runs = sorted(Path("runs").glob(f"{name}-*/recipe.toml"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise FileNotFoundError(f"no run of {name} under ./runs to resume; name one with --out")
+    return runs[-1].parent
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    from llmcore.training.config import RecipeError, load_recipe
+    from llmcore.training.pretrain import new_run_dir
+
+    if (args.recipe is None) == (args.resume is None):
+        raise RecipeError("give either a RECIPE.toml to start a run or --resume RUN to go on with one")
+    if args.resume:
+        run_dir = Path(args.resume)
+        return _run(_own_recipe(run_dir, args.set), run_dir, args, resume=True)
+    recipe = load_recipe(args.recipe, args.set)
+    return _run(recipe, Path(args.out) if args.out else new_run_dir(recipe.name), args, resume=False)
+
+
+def generate(args: argparse.Namespace) -> int:
+    from llmcore.inference import generate as run
+    from llmcore.training.pretrain import load_model
+
+    model, tokenizer = load_model(args.model)
+    stop = [i for i in [tokenizer.eos_id] if i is not None]
+    prompt = tokenizer.encode(args.prompt)
+    if not prompt:  # what begins a document: the end of the one before it
+        if not stop:
+            raise ValueError("--prompt is empty and this tokenizer has no end-of-text token to start from")
+        prompt = stop
+    shown, tokens = "", []
+
+    def show(_: int, token: int) -> None:
+        nonlocal shown
+        if not tokens:  # only now: a wrong setting must not leave half a line behind
+            print(args.prompt, end="")
+        tokens.append(token)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    run(
+        model,
+        [prompt],
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_ids=stop,
+        on_token=show,
+    )
+    print(tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :])
+    return 0
+
+
+def tokenizer_train(args: argparse.Namespace) -> int:
+    from llmcore.tokenizers import train_tokenizer
+    from llmcore.training.config import SourceConfig
+    from llmcore.training.corpus import read_source
+
+    def texts():
+        for path in args.files:
+            source = read_source(SourceConfig(path=path))
+            yield from (document.text for document in source)
+            if source.skips.total:
+                _say(f"{path}: {source.skips}")
+
+    tokenizer = train_tokenizer(texts(), kind=args.kind, vocab_size=None if args.kind == "byte" else args.vocab_size)
+    tokenizer.save(args.out)
+    print(f"{args.kind} tokenizer of {tokenizer.vocab_size} tokens saved in {args.out}")
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    import llmcore
+
+    for name, value in llmcore.build_info().items():
+        print(f"{name}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    print("\nwhich backend serves which dtype")
+    for op, backends in llmcore.ops.support().items():
+        print(f"  {op}: " + "; ".join(f"{name} {' '.join(dtypes) or '-'}" for name, dtypes in backends.items()))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmcore", description="Large language models on kernels that can be read.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function: object, text: str, to: object = commands) -> argparse.ArgumentParser:
+        command = to.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function)
+        return command
+
+    setting = {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "override a recipe key (repeatable)"}
+    p = add("quickstart", quickstart, "Train a small model on real text and generate from it, offline.")
+    p.add_argument("--data", metavar="PATH", help="a folder or file of text (default: Python's standard library)")
+    p.add_argument("--out", metavar="RUN", help="the run folder (default: runs/quickstart-<time>)")
+    p.add_argument("--minutes", type=float, help="training time (default: 4)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest)")
+    p.add_argument("--set", **setting)
+
+    p = add("pretrain", pretrain, "Train a model as a recipe says.")
+    p.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a file, or the name of a shipped recipe")
+    p.add_argument("--set", **setting)
+    p.add_argument("--out", metavar="RUN", help="the run folder (default: runs/<name>-<time>)")
+    p.add_argument("--resume", metavar="RUN", help="go on with this run, by its own recipe")
+
+    p = add("generate", generate, "Continue a text with a trained model.")
+    p.add_argument("--model", required=True, metavar="RUN", help="a run folder or a checkpoint folder in one")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--max-tokens", type=int, default=100)
+    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
+    p.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
+    p.add_argument("--seed", type=int, help="same seed, same text")
+
+    p = commands.add_parser("tokenizer", help="Train a tokenizer.", description="Train a tokenizer.")
+    p = add("train", tokenizer_train, "Train a tokenizer on text.", p.add_subparsers(required=True, metavar="COMMAND"))
+    p.add_argument("files", nargs="+", metavar="PATH", help="files or folders of text, JSONL or Parquet; or stdlib")
+    p.add_argument("--kind", choices=("bpe", "unigram", "word", "byte"), default="bpe")
+    p.add_argument("--vocab-size", type=int, default=4096)
+    p.add_argument("--out", required=True, metavar="DIR")
+
+    add("info", info, "What this build holds and which kernel serves what.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    args.command_line = shlex.join(["llmcore", *argv])
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+    from llmcore.checkpoints import CheckpointError
+    from llmcore.training import NonFiniteError
+
+    try:
+        code = args.function(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has gone, as in `llmcore info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (CheckpointError, NonFiniteError, ValueError, OSError, ImportError) as error:
+        _say(f"llmcore: error: {' '.join(str(error).split())}")
+        return DIVERGED if isinstance(error, NonFiniteError) else USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcore import ops
+
+GATED = ("swiglu", "geglu")
+ACTIVATIONS = (*GATED, "gelu")
+
+
+def gated(activation: str, gate_up: Tensor) -> Tensor:
+    """act(gate) * up (arXiv 2002.05202) of the halves of gate_up, (..., 2 * ffn_dim). Gives (..., ffn_dim)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ops.swiglu(gate, up) if activation == "swiglu" else ops.geglu(gate, up)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), `activation` "swiglu" or "geglu"; `gate_up.weight` holds the gate's rows first."""
+
+    def __init__(self, dim: int, ffn_dim: int, activation: str = "swiglu", bias: bool = False) -> None:
+        super().__init__()
+        if activation not in GATED:
+            raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, GATED))}")
+        self.activation = activation
+        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=bias)
+        self.down = nn.Linear(ffn_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., dim). Gives (..., dim)."""
+        return self.down(gated(self.activation, self.gate_up(x)))
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))) with the tanh form of GELU, as in GPT-2."""
+
+    def __init__(self, dim: int, ffn_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, ffn_dim, bias=bias)
+        self.down = nn.Linear(ffn_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., dim). Gives (..., dim)."""
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def make_mlp(activation: str, dim: int, ffn_dim: int, bias: bool = False) -> nn.Module:
+    """The feed-forward layer of `activation`: "swiglu", "geglu" or "gelu"."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}")
+    return MLP(dim, ffn_dim, bias) if activation == "gelu" else GatedMLP(dim, ffn_dim, activation, bias)

@@ -1,0 +1,53 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llmcore import ops
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates the first `rotary_dim` features of every head by angles that grow with the position
+    (RoFormer, arXiv 2104.09864).
+
+    The float32 tables `cos` and `sin` of shape (max_positions, rotary_dim / 2) are no part of the state dict, and
+    stay float32 when the model is cast: bfloat16 can't tell neighbouring positions of a long text apart.
+
+    Args:
+        rotary_dim: rotated features of a head, even; the rest of the head passes unchanged.
+        max_positions: positions the tables hold.
+        base: the longest wavelength is about 2 pi * base positions.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+    """
+
+    def __init__(self, rotary_dim: int, max_positions: int, base: float = 10000.0, interleaved: bool = False) -> None:
+        super().__init__()
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise ValueError(f"rotary_dim is {rotary_dim}; accepted: an even number of at least 2")
+        self.rotary_dim, self.max_positions, self.base, self.interleaved = rotary_dim, max_positions, base, interleaved
+        cos, sin = ops.rope_tables(max_positions, rotary_dim, base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Rebuilds the tables after a move or cast, so that `.to(bfloat16)` and `to_empty()` leave them right."""
+        super()._apply(fn, recurse)
+        cos, sin = ops.rope_tables(self.max_positions, self.rotary_dim, self.base)
+        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Rotates queries or keys.
+
+        Args:
+            x: (batch, seq, heads, head_dim) or (total, heads, head_dim).
+            positions: (batch, seq) or (total,), int32 or int64; without, 0, 1, ... along the third dimension from
+                the end.
+
+        Raises:
+            ValueError: when seq is more than max_positions. A position outside the tables is the op's error.
+        """
+        if positions is None and x.shape[-3] > self.max_positions:
+            raise ValueError(f"{x.shape[-3]} positions; accepted: at most max_positions = {self.max_positions}")
+        return ops.rope(x, self.cos, self.sin, positions, interleaved=self.interleaved)

@@ -1,0 +1,236 @@
+"""What a model is: one dataclass, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def _accepted(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) or (hint,)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` when it is of type `hint` (an int stands for a float), else an error naming both."""
+    accepted = _accepted(hint)
+    if get_origin(hint) is Literal:
+        if value in accepted:
+            return value
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool)):
+        return value
+    names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
+    raise TypeError(f"{name} is {value!r} ({type(value).__name__}); accepted: {names}")
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _checked(prefix + name, getattr(config, name), hint))
+
+
+def _require(condition: bool, name: str, value: Any, accepted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], prefix: str) -> None:
+    """Raises when a key of `values` is no field of `cls`, or a field without a default is missing."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"accepted: {', '.join(names)}"
+            raise ValueError(f"{prefix + str(key)!r} is no key of a model configuration; {hint}")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing = [repr(prefix + name) for name in required if name not in values]
+    if missing:
+        raise ValueError(f"the model configuration has no {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts in place of the feed-forward layers (see `llmcore.layers.MoE`).
+
+    Attributes:
+        num_experts, top_k: routed experts, and how many a token takes.
+        ffn_dim: inner features of one expert.
+        shared_experts: experts that every token takes.
+        first_dense_layers: layers at the start that keep a dense feed-forward layer of the model's `ffn_dim`.
+        score: the router's score function.
+        num_groups, topk_groups: a token's experts come from the best `topk_groups` of `num_groups` groups.
+        renormalize: the chosen experts' weights sum to 1 (times `scale`).
+        balancing: how experts are kept in balance, with weight `aux_weight` or per-step change `bias_rate`.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_dim: int
+    shared_experts: int = 0
+    first_dense_layers: int = 0
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    num_groups: int = 1
+    topk_groups: int = 1
+    renormalize: bool = True
+    scale: float = 1.0
+    balancing: Literal["aux_loss", "bias", "none"] = "aux_loss"
+    aux_weight: float = 0.01
+    bias_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_types(self, "moe.")
+        for name in ("num_experts", "ffn_dim", "num_groups"):
+            _require(getattr(self, name) >= 1, f"moe.{name}", getattr(self, name), "1 or more")
+        for name in ("shared_experts", "first_dense_layers", "aux_weight", "bias_rate"):
+            _require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "0 or more")
+        _require(
+            self.num_experts % self.num_groups == 0,
+            "moe.num_groups", self.num_groups, f"a divisor of moe.num_experts = {self.num_experts}",
+        )  # fmt: skip
+        _require(
+            1 <= self.topk_groups <= self.num_groups,
+            "moe.topk_groups", self.topk_groups, f"1 to moe.num_groups = {self.num_groups}",
+        )  # fmt: skip
+        reachable = self.num_experts // self.num_groups * self.topk_groups
+        _require(
+            1 <= self.top_k <= reachable,
+            "moe.top_k", self.top_k, f"1 to {reachable}, the experts a token can reach",
+        )  # fmt: skip
+        _require(self.scale > 0, "moe.scale", self.scale, "above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer (see `llmcore.models.Transformer`). Checked when made: a wrong type is a TypeError, a
+    wrong value a ValueError; each names the key, the value and what would be accepted.
+
+    Attributes:
+        vocab_size, dim, num_layers, num_heads: sizes; dim is the width of the residual stream.
+        num_kv_heads: key and value heads, a divisor of num_heads; None: as many as num_heads.
+        head_dim: features of a head; None: dim / num_heads.
+        ffn_dim: inner features of the feed-forward layer; None: 4 * dim for "gelu", else the multiple of 64 at or
+            above 8/3 * dim, which has about as many weights.
+        activation: "swiglu" and "geglu" are gated, "gelu" is GPT-2's.
+        norm, norm_eps, norm_bias: kind of every norm; norm_bias matters to "layer" only; "dyt" has no eps.
+        norm_placement: "pre" x + f(norm(x)) and a last norm; "post" norm(x + f(x)); "sandwich" x + norm(f(norm(x)))
+            and a last norm.
+        qkv_bias, attention_out_bias, mlp_bias: biases of the linear layers. Experts of a mixture have none.
+        position: "rope", "learned" (a table added to the embeddings) or "none".
+        max_positions: positions the rotary or learned tables hold, and so the longest sequence.
+        rope_base, rope_fraction, rope_interleaved: see `llmcore.layers.RotaryEmbedding`; rope_fraction is the share
+            of head_dim that is rotated.
+        tied_embeddings: the output matrix is the embedding matrix.
+        embedding_scale: factor on the token embeddings: "sqrt_dim" (Gemma, arXiv 2403.08295), or "learned", one scalar
+            that starts there, which models without a norm need (arXiv 2503.10622, section 5).
+        window, attention_scale, attention_softcap, attention_sinks, qk_norm: see `llmcore.layers.Attention`.
+        logit_softcap: logits become softcap * tanh(logits / softcap).
+        dropout: on the embeddings and on what each layer adds to the residual stream, while training.
+        init_std: standard deviation of the initial weights.
+        moe: mixture of experts in place of the feed-forward layers.
+    """
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    norm: Literal["rms", "layer", "dyt"] = "rms"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    position: Literal["rope", "learned", "none"] = "rope"
+    max_positions: int = 2048
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    rope_interleaved: bool = False
+    tied_embeddings: bool = True
+    embedding_scale: Literal["none", "sqrt_dim", "learned"] = "none"
+    window: int | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    qk_norm: bool = False
+    logit_softcap: float | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.moe, Mapping):
+            _check_keys(MoEConfig, self.moe, "moe.")
+            object.__setattr__(self, "moe", MoEConfig(**self.moe))
+        _check_types(self, "")
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_positions"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        self._fill_in()
+        for name in ("norm_eps", "rope_base", "init_std"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("window", "ffn_dim", "head_dim"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "above 0, or None")
+        kv_heads = self.num_kv_heads
+        _require(
+            kv_heads >= 1 and self.num_heads % kv_heads == 0,
+            "num_kv_heads", kv_heads, f"a divisor of num_heads = {self.num_heads}",
+        )  # fmt: skip
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
+        if self.position == "rope":
+            _require(0 < self.rope_fraction <= 1, "rope_fraction", self.rope_fraction, "above 0, to 1")
+            rotary_dim = self.rope_fraction * self.head_dim
+            _require(
+                rotary_dim == self.rotary_dim and rotary_dim >= 2,
+                "rope_fraction * head_dim", rotary_dim, f"an even whole number (head_dim is {self.head_dim})",
+            )  # fmt: skip
+        if self.moe is not None:
+            _require(self.activation != "gelu", "activation", self.activation, "'swiglu' or 'geglu' with experts")
+            _require(not self.mlp_bias, "mlp_bias", self.mlp_bias, "False with experts")
+            _require(
+                self.moe.first_dense_layers < self.num_layers,
+                "moe.first_dense_layers", self.moe.first_dense_layers, f"less than num_layers = {self.num_layers}",
+            )  # fmt: skip
+
+    def _fill_in(self) -> None:
+        """Resolves the sizes that follow from others."""
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            _require(
+                self.dim % self.num_heads == 0, "num_heads", self.num_heads,
+                f"a divisor of dim = {self.dim}, unless head_dim is given",
+            )  # fmt: skip
+            object.__setattr__(self, "head_dim", self.dim // self.num_heads)
+        if self.ffn_dim is None:
+            gated = -(-8 * self.dim // (3 * 64)) * 64
+            object.__setattr__(self, "ffn_dim", 4 * self.dim if self.activation == "gelu" else gated)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated features of a head."""
+        return int(self.rope_fraction * self.head_dim) // 2 * 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` gives the configuration back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The configuration of `values`; `moe` may be a mapping.
+
+        Raises:
+            ValueError: for an unknown key, naming the nearest one, a missing key, or a wrong value.
+            TypeError: for a wrong type.
+        """
+        _check_keys(cls, values, "")
+        return cls(**values)

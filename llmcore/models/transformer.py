@@ -1,0 +1,256 @@
+"""The decoder that every model family shares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcore.layers import Attention, CacheStep, MoE, MoEOutput, RotaryEmbedding, make_mlp, make_norm
+from llmcore.models.config import ModelConfig
+
+
+class TransformerOutput(NamedTuple):
+    """hidden: (batch, seq, dim) or (total, dim), after the last norm, before the output matrix; aux_loss: scalar, the
+    balancing losses of all layers, already weighted, or None; expert_load: (MoE layers, num_experts) int64, the
+    (token, choice) pairs each routed expert got, or None."""
+
+    hidden: Tensor
+    aux_loss: Tensor | None
+    expert_load: Tensor | None
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    return make_norm(config.norm, config.dim, config.norm_eps, config.norm_bias)
+
+
+class Block(nn.Module):
+    """One layer: attention, then a feed-forward layer or experts.
+
+    It carries the residual stream x as two addends (branch, residual), so that each addition happens inside the next
+    norm. `residual` is None where the stream is `branch` alone.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        c = config
+        self.placement, self.layer, self.dropout = c.norm_placement, layer, c.dropout
+        self.attention = Attention(
+            c.dim, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.attention_out_bias,
+            qk_norm=c.qk_norm, norm_eps=c.norm_eps, window=c.window, scale=c.attention_scale,
+            softcap=c.attention_softcap, sinks=c.attention_sinks,
+        )  # fmt: skip
+        if c.moe is not None and layer >= c.moe.first_dense_layers:
+            m = c.moe
+            self.mlp = MoE(
+                c.dim, m.ffn_dim, m.num_experts, m.top_k, shared_experts=m.shared_experts, activation=c.activation,
+                score=m.score, num_groups=m.num_groups, topk_groups=m.topk_groups, renormalize=m.renormalize,
+                scale=m.scale, balancing=m.balancing, aux_weight=m.aux_weight, bias_rate=m.bias_rate,
+            )  # fmt: skip
+        else:
+            self.mlp = make_mlp(c.activation, c.dim, c.ffn_dim, c.mlp_bias)
+        names = ["attention_norm", "mlp_norm"]
+        if c.norm_placement == "sandwich":
+            names += ["attention_out_norm", "mlp_out_norm"]
+        for name in names:
+            self.add_module(name, _norm(c))
+
+    def forward(
+        self, branch: Tensor, residual: Tensor | None, **where
+    ) -> tuple[Tensor, Tensor | None, MoEOutput | None]:
+        """branch, residual: (..., dim); `where`: rope, positions, cu_seqlens and cache for the attention."""
+        branch, residual = self._enter(self.attention_norm, branch, residual)
+        branch = self.attention(branch, layer=self.layer, **where)
+        branch, residual = self._leave("attention", branch, residual)
+        branch, residual = self._enter(self.mlp_norm, branch, residual)
+        routed = None
+        if isinstance(self.mlp, MoE):
+            routed = self.mlp(branch)
+            branch = routed.hidden
+        else:
+            branch = self.mlp(branch)
+        branch, residual = self._leave("mlp", branch, residual)
+        return branch, residual, routed
+
+    def _enter(self, norm: nn.Module, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(input of the sublayer, residual stream)."""
+        if self.placement == "post":
+            return branch, branch
+        return (norm(branch), branch) if residual is None else norm(branch, residual)
+
+    def _leave(self, name: str, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The two addends of the stream after a sublayer gave `branch`."""
+        if self.placement == "sandwich":
+            branch = self.get_submodule(f"{name}_out_norm")(branch)
+        branch = F.dropout(branch, self.dropout, self.training)
+        if self.placement == "post":
+            return self.get_submodule(f"{name}_norm")(branch, residual)[0], None
+        return branch, residual
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer over token ids: `model(tokens)` gives hidden states, `model.logits(hidden)` logits.
+
+    Weights start normal with standard deviation `init_std`; those that write to the residual stream (attention.out,
+    mlp.down) with init_std / sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2). Biases and
+    sinks start at 0, gains at 1. Draws come from torch's global generator.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        scale = torch.full((1,), config.dim**0.5)
+        self.embed_scale = nn.Parameter(scale) if config.embedding_scale == "learned" else None
+        learned = config.position == "learned"
+        self.embed_positions = nn.Embedding(config.max_positions, config.dim) if learned else None
+        rotary = (config.rotary_dim, config.max_positions, config.rope_base, config.rope_interleaved)
+        self.rope = RotaryEmbedding(*rotary) if config.position == "rope" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        last = config.norm_placement != "post"
+        self.norm = _norm(config) if last else None
+        self.lm_head = None if config.tied_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            writes_stream = name.removesuffix(".weight").endswith((".attention.out", ".down"))
+            if parameter.ndim >= 2:
+                parameter.normal_(std=std / (2 * self.config.num_layers) ** 0.5 if writes_stream else std)
+            elif name.endswith(("bias", "sinks")):
+                parameter.zero_()
+            # else a gain, a scale or DyT's alpha: as it was made
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """The output matrix, (vocab_size, dim)."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: CacheStep | None = None,
+    ) -> TransformerOutput:
+        """Hidden states of every token, each of which sees itself and earlier tokens of its own sequence.
+
+        Args:
+            tokens: integers below vocab_size: (batch, seq); or packed (total,), with cu_seqlens or cache.
+            positions: integers shaped as tokens; without, each sequence (or the cache) counts on from 0.
+            cu_seqlens: (documents + 1,) int32, where each packed document begins; the last entry is total.
+            max_seqlen: the longest document, where it is known; computed from cu_seqlens otherwise.
+            cache: attends over a paged cache and extends it (see `llmcore.inference.PagedKVCache`).
+
+        Raises:
+            ValueError: for a token id or position that has no row in its table (looked for on the CPU only), or a
+                sequence longer than max_positions; names the value.
+        """
+        self._check_shape(tokens, cu_seqlens, cache)
+        if cache is not None and positions is None:
+            positions = cache.positions
+        elif cu_seqlens is not None and positions is None and self.config.position != "none":
+            lengths = cu_seqlens.diff()
+            starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=len(tokens))
+            positions = torch.arange(len(tokens), device=tokens.device) - starts
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_range("token id", tokens, self.config.vocab_size, "vocab_size")
+            if positions is not None and self.config.position != "none":
+                _check_range("position", positions, self.config.max_positions, "max_positions")
+        longest = max_seqlen if tokens.ndim == 1 else tokens.shape[1]
+        if longest is not None and longest > self.config.max_positions and self.config.position != "none":
+            raise ValueError(f"a sequence has {longest} tokens; accepted: max_positions = {self.config.max_positions}")
+
+        branch, residual = self._embed(tokens, positions), None
+        routed = []
+        for block in self.blocks:
+            branch, residual, out = block(
+                branch, residual, rope=self.rope, positions=positions, cu_seqlens=cu_seqlens, cache=cache
+            )
+            if out is not None:
+                routed.append(out)
+        hidden = branch if self.norm is None else self.norm(branch, residual)[0]
+        losses = [out.aux_loss for out in routed if out.aux_loss is not None]
+        return TransformerOutput(
+            hidden,
+            torch.stack(losses).sum() if losses else None,
+            torch.stack([out.expert_load for out in routed]) if routed else None,
+        )
+
+    def _check_shape(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: CacheStep | None) -> None:
+        packed = cu_seqlens is not None or cache is not None
+        if tokens.ndim != (1 if packed else 2):
+            wanted = "(total,) with cu_seqlens or cache" if packed else "(batch, seq), or (total,) with cu_seqlens"
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; accepted: {wanted}")
+        if cu_seqlens is not None and cache is not None:
+            raise ValueError("cu_seqlens and cache are both given; a cache has its own cu_seqlens_q")
+
+    def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        x = self.embed_tokens(tokens)
+        if self.config.embedding_scale != "none":
+            x = x * (self.config.dim**0.5 if self.embed_scale is None else self.embed_scale)
+        if self.embed_positions is not None:
+            rows = self.embed_positions.weight[: tokens.shape[-1]]
+            x = x + (rows if positions is None else self.embed_positions(positions))
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., dim) -> logits (..., vocab_size), in hidden's dtype."""
+        logits = F.linear(hidden, self.lm_head_weight)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def update_expert_bias(self, expert_load: Tensor) -> None:
+        """Moves the experts' choice biases toward balance; does nothing unless moe.balancing is "bias".
+
+        Args:
+            expert_load: (MoE layers, num_experts), `TransformerOutput.expert_load` added up over an optimizer step.
+        """
+        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        if self.config.moe is None or self.config.moe.balancing != "bias":
+            return
+        if expert_load.shape != (wanted := (len(layers), self.config.moe.num_experts)):
+            raise ValueError(f"expert_load has shape {tuple(expert_load.shape)}; accepted: {wanted}")
+        for layer, load in zip(layers, expert_load):
+            layer.update_expert_bias(load)
+
+    def num_parameters(self, active: bool = False) -> int:
+        """How many parameters there are, a tied matrix counted once; with `active`, those one token's pass uses: of
+        routed experts only its own, of the lookup tables none."""
+        count = sum(p.numel() for p in self.parameters())
+        if not active:
+            return count
+        moe = self.config.moe
+        for block in self.blocks:
+            if isinstance(block.mlp, MoE):
+                routed = block.mlp.gate_up.numel() + block.mlp.down.numel()
+                count -= routed // moe.num_experts * (moe.num_experts - moe.top_k)
+        tables = [self.embed_positions, self.embed_tokens if self.lm_head is not None else None]
+        return count - sum(table.weight.numel() for table in tables if table is not None)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of training (forward and backward) per token of sequences of `seq_len` tokens.
+
+        6 for each active parameter (PaLM, arXiv 2204.02311, appendix B), and 12 * num_heads * head_dim per layer for
+        each key a token sees. Here a key counts only where the causal mask and window let it be seen.
+        """
+        c = self.config
+        reach = min(c.window or seq_len, seq_len)
+        keys = reach - reach * (reach - 1) / (2 * seq_len)  # mean over the sequence of min(i + 1, reach)
+        return 6 * self.num_parameters(active=True) + 12 * c.num_layers * c.num_heads * c.head_dim * keys
+
+
+def _check_range(what: str, values: Tensor, limit: int, limit_name: str) -> None:
+    if not values.numel():
+        return
+    low, high = (int(v) for v in torch.aminmax(values))
+    if low < 0 or high >= limit:
+        bad = low if low < 0 else high
+        index = tuple((values == bad).nonzero()[0].tolist())
+        raise ValueError(f"{what} {bad} at index {index}; accepted: 0 to {limit_name} - 1 = {limit - 1}")

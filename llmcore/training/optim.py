@@ -1,0 +1,205 @@
+"""AdamW and Muon over fp32 master weights.
+
+The optimizer owns what the update needs in fp32: a master copy of every weight the model holds in a narrower dtype
+(an fp32 weight is its own master), the accumulated gradient and the moments. The model only ever computes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# Tables with one row per token id or position: a row is looked up (or matched) on its own, so the matrix is no linear
+# map between features and Muon's orthogonal update has no meaning for it.
+_TABLE = re.compile(r"(^|[._])(embed\w*|embedding\w*|wte|wpe|lm_head|unembed\w*)([._]|$)")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or weight is NaN or infinite. Raised before anything good is touched."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """``lr`` is the peak; ``momentum`` is Muon's; ``betas`` and ``eps`` are AdamW's."""
+
+    kind: str = "adamw"  # adamw | muon
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    grad_clip: float = 1.0  # global norm; 0 = no clipping
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"optim.kind is {self.kind!r}; accepted are 'adamw' and 'muon'")
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr is {self.lr}; accepted is a number above 0")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}; accepted are two numbers from 0 to below 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum is {self.momentum}; accepted is a number from 0 to below 1")
+        for name in ("eps", "weight_decay", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; accepted is 0 or more")
+
+
+def parameter_groups(parameters: Iterable[tuple[str, Tensor]], kind: str) -> dict[str, list[str]]:
+    """Which rule updates which parameter: names under ``adamw_decay``, ``adamw_no_decay`` and ``muon``.
+
+    Vectors (norm weights, biases, sinks) are never decayed. With ``kind="muon"`` every matrix (stacked expert
+    matrices too) goes to Muon except the embedding and output tables, as in Keller Jordan's recipe.
+    """
+    groups: dict[str, list[str]] = {"adamw_decay": [], "adamw_no_decay": [], "muon": []}
+    for name, parameter in parameters:
+        if parameter.ndim < 2:
+            groups["adamw_no_decay"].append(name)
+        elif kind == "muon" and not _TABLE.search(name):
+            groups["muon"].append(name)
+        else:
+            groups["adamw_decay"].append(name)
+    return groups
+
+
+def newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix to ``gradient`` (..., m, n), by a quintic Newton-Schulz iteration.
+
+    Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024): the coefficients trade exactness
+    for speed, so singular values land in about [0.7, 1.2]. Computed in fp32 on the CPU, bf16 on a GPU.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = gradient.bfloat16() if gradient.is_cuda else gradient.float()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:  # iterate on the smaller Gram matrix
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(gradient.dtype)
+
+
+@torch.no_grad()
+def muon_update(weight: Tensor, gradient: Tensor, buffer: Tensor, lr: float, momentum: float, decay: float) -> None:
+    """One Muon step in place on fp32 ``weight`` and momentum ``buffer``, each (..., m, n). ``gradient`` is kept.
+
+    The orthogonal update has a root mean square of 1 / sqrt(max(m, n)); times 0.2 * sqrt(max(m, n)) it has that of
+    a typical AdamW update, so AdamW's learning rate and decay carry over (Moonlight, arXiv 2502.16982).
+    """
+    buffer.lerp_(gradient, 1.0 - momentum)
+    update = newton_schulz(gradient.lerp(buffer, momentum))  # Nesterov
+    weight.mul_(1.0 - lr * decay)
+    weight.add_(update, alpha=-lr * 0.2 * max(weight.shape[-2:]) ** 0.5)
+
+
+class Optimizer:
+    """AdamW (arXiv 1711.05101), or Muon for the hidden matrices and AdamW for the rest.
+
+    Per optimizer step: :meth:`accumulate` after every backward pass, then :meth:`gradient_norm`, then :meth:`step`.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter")
+        self.masters = {
+            n: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for n, p in self.parameters.items()
+        }
+        groups = parameter_groups(self.parameters.items(), config.kind)
+        self.muon = {n: torch.zeros_like(self.masters[n], requires_grad=False) for n in groups["muon"]}
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [self.masters[n] for n in groups["adamw_decay"]], "weight_decay": config.weight_decay},
+                {"params": [self.masters[n] for n in groups["adamw_no_decay"]], "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=tuple(config.betas),
+            eps=config.eps,
+            fused=True,
+        )
+        for group in self.adamw.param_groups:  # the moments exist from the start, so they can be saved and loaded
+            for master in group["params"]:
+                self.adamw.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    "exp_avg": torch.zeros_like(master, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                }
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Move the gradients of narrow weights into their fp32 masters: sums in bf16 would lose small ones."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
+
+    @torch.no_grad()
+    def gradient_norm(self, divisor: float) -> float:
+        """Divide every gradient by ``divisor`` (the targets of the step) and give the global L2 norm of the result."""
+        gradients = self._gradients()
+        if not gradients:
+            raise ValueError("no parameter has a gradient: the loss does not depend on the model")
+        torch._foreach_mul_(gradients, 1.0 / divisor)
+        return float(torch.stack(torch._foreach_norm(gradients)).norm())
+
+    @torch.no_grad()
+    def step(self, lr: float, gradient_norm: float) -> None:
+        """Clip to ``config.grad_clip`` by the global norm, update the weights, clear the gradients.
+
+        A parameter without a gradient (an expert no token reached) is left as it is. A non-finite norm raises
+        :class:`NonFiniteError` and changes nothing.
+        """
+        if not (gradient_norm < float("inf")):
+            raise NonFiniteError(f"the gradient norm is {gradient_norm}")
+        clip = self.config.grad_clip
+        if clip and gradient_norm > clip:
+            torch._foreach_mul_(self._gradients(), clip / gradient_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for name, buffer in self.muon.items():
+            master = self.masters[name]
+            if master.grad is not None:
+                muon_update(master, master.grad, buffer, lr, self.config.momentum, self.config.weight_decay)
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for name, master in self.masters.items():
+            master.grad = None
+            self.parameters[name].grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor a resumed run needs: ``master.*``, ``exp_avg.*``, ``exp_avg_sq.*``, ``step.*``, ``muon.*``."""
+        tensors: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                tensors[f"master.{name}"] = master.detach()
+            for key, value in self.adamw.state[master].items() if name not in self.muon else ():
+                tensors[f"{key}.{name}"] = value
+        tensors.update({f"muon.{name}": buffer for name, buffer in self.muon.items()})
+        return tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor], source: str | Path = "the optimizer state") -> None:
+        """Copy saved tensors in; a missing, unexpected or misshapen one raises ``CheckpointError`` naming it."""
+        from llmcore.checkpoints import copy_tensors
+
+        copy_tensors(self.state_dict(), tensors, source)

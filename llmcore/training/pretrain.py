@@ -1,0 +1,124 @@
+"""The pretraining stage: a recipe in, a run folder out.
+
+runs/<name>-<timestamp>/
+  recipe.toml      the recipe with every default written out
+  tokenizer/       tokenizer.json and its settings
+  data/            the tokenised corpus
+  checkpoints/     see llmcore.checkpoints
+  log.jsonl        one record per logged step and evaluation
+  loss.png  report.md  tensorboard/
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llmcore.checkpoints import CheckpointError, copy_tensors, find_latest, load_checkpoint, model_tensors, resolve
+from llmcore.inference import generate
+from llmcore.models import ModelConfig, Transformer
+from llmcore.tokenizers import Tokenizer
+from llmcore.training.config import Recipe, to_toml
+from llmcore.training.corpus import build_corpus, read_source, token_bytes
+from llmcore.training.loop import Trainer, TrainResult
+from llmcore.training.report import write_report
+from llmcore.training.state import seed_everything
+
+
+def new_run_dir(name: str, parent: str | Path = "runs") -> Path:
+    """A path ``parent/<name>-<local time>`` that doesn't exist yet."""
+    base = Path(parent) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def pretrain(
+    recipe: Recipe, run_dir: str | Path, *, command: str, resume: bool = False, say: Callable[[str], None] = print
+) -> TrainResult:
+    """Run ``recipe`` in ``run_dir``; with ``resume`` go on from its last whole checkpoint (from the start without one).
+
+    ``command`` is quoted in the report. Raises ``FileExistsError`` for a folder that holds a run already,
+    ``ValueError`` and ``OSError`` for a recipe or corpus that can't be used, ``CheckpointError`` for a checkpoint of
+    another model, ``NonFiniteError`` when training diverged.
+    """
+    run_dir = Path(run_dir)
+    if not resume and (run_dir / "recipe.toml").exists():
+        raise FileExistsError(f"{run_dir} already holds a run; resume it with --resume or take another folder")
+    elif not resume:
+        for source in recipe.data.sources:
+            read_source(source)  # a path that isn't there is an error before there is a folder
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    seed_everything(recipe.train.seed)
+    corpus = build_corpus(recipe.data, recipe.tokenizer, run_dir, seed=recipe.train.seed, say=say)
+    model = Transformer(recipe.model_config(corpus.tokenizer.vocab_size))
+    tokens = sum(s.num_tokens for s in corpus.train_sets.values())
+    say(f"model of {model.num_parameters():,} parameters; corpus of {tokens:,} training tokens; run folder {run_dir}")
+    latest = find_latest(run_dir / "checkpoints") if resume else None
+    if resume:
+        say(f"resuming from {latest}" if latest else "no whole checkpoint there yet: starting from the first step")
+    trainer = Trainer(
+        model,
+        corpus.loader,
+        run_dir,
+        train=recipe.train,
+        optim=recipe.optim,
+        schedule=recipe.schedule,
+        eval_batches=corpus.eval_batches,
+        token_bytes=token_bytes(corpus.tokenizer),
+        model_config=model.config.to_dict(),
+        title=f"{recipe.name}: {model.num_parameters() / 1e6:.1f} M parameters",
+    )
+    result = trainer.run(resume=load_checkpoint(latest) if latest else None)
+    if result.signal is None:
+        samples = sample(model, corpus.tokenizer, recipe)
+        write_report(run_dir, recipe, model, corpus, trainer, samples, command)
+    return result
+
+
+def sample(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> list[tuple[str, str]]:
+    """A continuation of each of the recipe's prompts, as (prompt, continuation); seeded, so repeatable."""
+    settings, prompts = recipe.sample, recipe.sample.prompts
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    room = model.config.max_positions - max(map(len, ids), default=0)
+    if model.config.position != "none":
+        settings = replace(settings, max_tokens=min(settings.max_tokens, room))
+    continued = generate(
+        model,
+        ids,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=recipe.train.seed,
+        stop_ids=[i for i in [tokenizer.eos_id] if i is not None],
+    )
+    return [(p, tokenizer.decode(new, skip_special_tokens=True)) for p, new in zip(prompts, continued)]
+
+
+def load_model(path: str | Path) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a run folder or a checkpoint in one, in the dtype it was trained in, ready to run.
+
+    Raises ``CheckpointError`` when there is no whole checkpoint or no tokenizer.
+    """
+    folder = resolve(path)
+    checkpoint = load_checkpoint(folder, optimizer=False)
+    try:
+        model = Transformer(ModelConfig.from_dict(checkpoint.config))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    for name, parameter in model.named_parameters():
+        saved = checkpoint.model.get(name)
+        if saved is not None and saved.dtype in (torch.bfloat16, torch.float16, torch.float32):
+            parameter.data = parameter.data.to(saved.dtype)
+    copy_tensors(model_tensors(model), checkpoint.model, folder / "model.safetensors")
+    for place in (folder, folder.parent.parent):
+        if (place / "tokenizer" / "tokenizer.json").is_file():
+            return model.eval(), Tokenizer.load(place / "tokenizer")
+    raise CheckpointError(f"{folder}: no tokenizer/tokenizer.json beside it or in its run folder")

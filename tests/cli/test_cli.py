@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from llmcore import cli
+from llmcore.checkpoints import find_latest, load_checkpoint
+from llmcore.tokenizers import Tokenizer
+from llmcore.training.logs import read_log
+
+NAMES = ["alpha", "beta", "gamma", "delta", "total", "index", "value", "node", "left", "right"]
+
+
+def program(seed: int) -> str:
+    """A small Python function, different for each seed."""
+    rng = random.Random(seed)
+    a, b, c = rng.sample(NAMES, 3)
+    head = f"def get_{a}({b}, {c}):\n    {a} = {b} + {c}\n"
+    return head + f"    if {a} > {rng.randrange(100)}:\n        return {b}\n    return {a}\n"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    for seed in range(120):
+        (folder / f"{seed:03d}.py").write_text("".join(program(seed * 10 + i) for i in range(4)))
+    return folder
+
+
+SETTINGS = """
+    model.size=tiny tokenizer.vocab_size=320 data.row_len=64 data.eval_batches=2 sample.max_tokens=12
+    train.max_seconds=0 train.steps=30 train.eval_every=10 train.save_every=10 train.tensorboard=false
+"""
+SMALL = [part for setting in SETTINGS.split() for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def run(folder, tmp_path_factory):
+    """A finished quickstart: (run folder, what it printed)."""
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    command = ["quickstart", "--data", str(folder), "--out", str(out), *SMALL]
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *a, file=None, **_: printed.append(" ".join(map(str, a))))
+        assert cli.main(command) == 0
+    return out, "\n".join(printed)
+
+
+def error_of(capsys, *argv: str) -> str:
+    """The one line that a user's mistake gives."""
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return captured.err.strip().splitlines()[-1]
+
+
+def test_quickstart_fills_the_run_folder(run, folder):
+    out, printed = run
+    for name in ("recipe.toml", "log.jsonl", "loss.png", "report.md", "tokenizer/tokenizer.json", "checkpoints/latest"):
+        assert (out / name).is_file(), name
+    evals = [r for r in read_log(out / "log.jsonl") if r["kind"] == "eval"]
+    assert [r["step"] for r in evals] == [0, 10, 20, 30]
+    assert evals[-1]["loss"] < evals[0]["loss"] - 1
+    report = (out / "report.md").read_text()
+    assert f"| held-out loss | {evals[0]['loss']:.4f} -> {evals[-1]['loss']:.4f} nats/token |" in report
+    assert "| steps | 30 |" in report
+    assert f"| tokens | {30 * 8 * 64:,} " in report
+    checkpoint = load_checkpoint(find_latest(out / "checkpoints"))
+    count = sum(t.numel() for n, t in checkpoint.model.items() if "bias" not in n and "rope" not in n)
+    assert f"{count:,} parameters" in report
+    assert str(folder) in report
+    assert "llmcore quickstart --data" in report
+    assert torch.__version__ in report
+    assert "```text\ndef " in report
+    assert "```text\nimport " in report
+    assert report in printed
+    assert str(out) in printed
+
+
+def test_generate_from_run_and_from_checkpoint(run, capsys):
+    out, _ = run
+    base = ["--prompt", "def get_", "--max-tokens", "20", "--seed", "3"]
+    texts = []
+    for model in (out, find_latest(out / "checkpoints"), out):
+        assert cli.main(["generate", "--model", str(model), *base]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("def get_")
+    assert len(texts[0]) > len("def get_\n")
+    assert texts[0] == texts[1] == texts[2]
+    greedy = []
+    for seed in ("1", "2"):
+        assert cli.main(["generate", "--model", str(out), "--temperature", "0", *base[:-1], seed]) == 0
+        greedy.append(capsys.readouterr().out)
+    assert greedy[0] == greedy[1]
+    assert cli.main(["generate", "--model", str(out), "--prompt", "", "--max-tokens", "3"]) == 0
+
+
+def test_generate_streams_what_decode_gives(run, capsys):
+    """Pieces printed token by token, multi-byte characters included, add up to the decoded whole."""
+    from llmcore.inference import generate
+    from llmcore.training.pretrain import load_model
+
+    out, _ = run
+    model, tokenizer = load_model(out)
+    prompt = "def é"
+    flags = ["--temperature", "3", "--max-tokens", "60"]  # hot enough to draw stray bytes
+    for seed in range(4):
+        assert cli.main(["generate", "--model", str(out), "--prompt", prompt, "--seed", str(seed), *flags]) == 0
+        settings = {"max_tokens": 60, "temperature": 3.0, "seed": seed, "stop_ids": [tokenizer.eos_id]}
+        new = generate(model, [tokenizer.encode(prompt)], **settings)[0]
+        assert capsys.readouterr().out == prompt + tokenizer.decode(new, skip_special_tokens=True) + "\n"
+
+
+def test_generate_refuses_bad_settings(run, capsys, tmp_path):
+    out, _ = run
+    base = ["generate", "--model", str(out), "--prompt", "x"]
+    assert "temperature" in error_of(capsys, *base, "--temperature", "-1")
+    assert "max_tokens is 0" in error_of(capsys, *base, "--max-tokens", "0")
+    assert "no such folder" in error_of(capsys, "generate", "--model", str(tmp_path / "no"), "--prompt", "x")
+    assert "no whole checkpoint" in error_of(capsys, "generate", "--model", str(tmp_path), "--prompt", "x")
+
+
+def test_a_run_is_not_overwritten(run, folder, capsys):
+    out, _ = run
+    assert "already holds a run" in error_of(capsys, "quickstart", "--data", str(folder), "--out", str(out), *SMALL)
+
+
+def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
+    assert "did you mean 'steps'" in error_of(capsys, "pretrain", "llama-tiny.toml", "--set", "train.step=3")
+    assert "shipped are" in error_of(capsys, "pretrain", "no.toml")
+    assert "either" in error_of(capsys, "pretrain")
+    assert "is no run folder" in error_of(capsys, "pretrain", "--resume", str(tmp_path))
+    assert "--minutes is 0.0" in error_of(capsys, "quickstart", "--minutes", "0")
+    assert "does not exist" in error_of(
+        capsys, "quickstart", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "r"), *SMALL
+    )
+    assert not (tmp_path / "r").exists()
+    assert "invalid choice" in error_of(capsys, "tokenizer", "train", "x", "--kind", "abc", "--out", "y")
+    assert "too small" in error_of(
+        capsys, "tokenizer", "train", str(folder), "--vocab-size", "9", "--out", str(tmp_path / "t")
+    )
+    assert "--data goes with a new run" in error_of(capsys, "quickstart", "--resume", "--data", "x")
+
+
+def test_divergence_is_one_line(capsys, tmp_path, folder):
+    command = ["quickstart", "--data", str(folder), "--out", str(tmp_path / "run"), *SMALL]
+    settings = ["--set", "optim.lr=1e38", "--set", "train.steps=50", "--set", "schedule.warmup=0"]
+    assert cli.main([*command, *settings]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"llmcore: error: step \d+: .*stopped, nothing was saved; no checkpoint was written yet", line)
+
+
+def test_tokenizer_train(capsys, tmp_path, folder):
+    assert cli.main(["tokenizer", "train", str(folder), "--vocab-size", "300", "--out", str(tmp_path / "t")]) == 0
+    assert "300 tokens" in capsys.readouterr().out
+    tokenizer = Tokenizer.load(tmp_path / "t")
+    assert tokenizer.decode(tokenizer.encode(program(5))) == program(5)
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert "rms_norm: cpu float32" in capsys.readouterr().out
+
+
+def test_expert_and_gpt2_recipes_run(tmp_path, folder):
+    for recipe in ("moe-tiny.toml", "gpt2-tiny.toml", "llama-tiny.toml"):
+        out = tmp_path / recipe
+        settings = [*SMALL, "--set", "train.steps=12", "--set", f'data.sources=[{{path = "{folder}"}}]']
+        assert cli.main(["pretrain", recipe, "--out", str(out), *settings]) == 0
+        records = read_log(out / "log.jsonl")
+        losses = [r["loss"] for r in records if r["kind"] == "eval"]
+        assert losses[-1] < losses[0] - 0.5
+        train = [r for r in records if r["kind"] == "train"]
+        assert ("expert_load_max_over_mean" in train[-1]) == (recipe == "moe-tiny.toml")
+    state = load_checkpoint(find_latest(tmp_path / "moe-tiny.toml" / "checkpoints"))
+    biases = [t for n, t in state.model.items() if "expert_bias" in n]
+    assert biases
+    assert all(b.abs().sum() > 0 for b in biases)
+
+
+def start(*argv: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llmcore", *argv]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_ctrl_c_then_resume_equals_an_uninterrupted_run(tmp_path, folder):
+    settings = [*SMALL, "--set", "train.steps=40", "--set", f'data.sources=[{{path = "{folder}"}}]']
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert cli.main(["pretrain", "llama-tiny", "--out", str(tmp_path / "whole"), *settings]) == 0
+        out = tmp_path / "cut"
+        process = start("pretrain", "llama-tiny", "--out", str(out), *settings, "--set", "train.log_every=1")
+        while process.poll() is None and sum(r["kind"] == "train" for r in read_log(out / "log.jsonl")) < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert f"resume with: llmcore pretrain --resume {out}" in errors
+        assert "Traceback" not in errors
+        step = load_checkpoint(find_latest(out / "checkpoints")).step
+        assert 3 <= step < 40
+        assert cli.main(["pretrain", "--resume", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    whole, cut = (load_checkpoint(find_latest(tmp_path / n / "checkpoints")) for n in ("whole", "cut"))
+    assert whole.step == cut.step == 40
+    different = [n for n in whole.model if not torch.equal(whole.model[n], cut.model[n])]
+    assert not different
+    assert whole.state["data"] == cut.state["data"]
