@@ -228,6 +228,12 @@ inline void gemm_pack_a(float* out, int64_t m, int64_t k, Matrix<T> a) {  // til
   for (int64_t i = 0; i < m; i += kTileRows) {
     const int64_t rows = m - i < kTileRows ? m - i : kTileRows;
     float* to = out + i * k;
+    if (a.row_stride == 1) {  // step by step, as they lie in memory
+      const T* in = a.data + i;
+      for (int64_t s = 0; s < k; ++s, in += a.col_stride)
+        for (int64_t r = 0; r < kTileRows; ++r) to[s * kTileRows + r] = r < rows ? to_float(in[r]) : 0.f;
+      continue;
+    }
     for (int64_t r = 0; r < kTileRows; ++r) {
       const T* in = a.data + (i + r) * a.row_stride;
       if (r >= rows) {

@@ -103,7 +103,13 @@ def _backward_combine(ctx, dout):
 torch.library.register_autograd("llmcore::moe_dispatch", _backward_dispatch, setup_context=_save_dispatch)
 torch.library.register_autograd("llmcore::moe_combine", _backward_combine, setup_context=_save_combine)
 
-_SHAPES = ((1, 1, 1, 1), (3, 2, 4, 5), (33, 3, 7, 111), (64, 2, 200, 32), (300, 6, 16, 59))  # tokens, top_k, experts, dim
+_SHAPES = (  # tokens, top_k, experts, dim
+    (1, 1, 1, 1),
+    (3, 2, 4, 5),
+    (33, 3, 7, 111),
+    (64, 2, 200, 32),
+    (300, 6, 16, 59),
+)
 
 
 def _experts(tokens: int, top_k: int, num_experts: int, make: torch.Generator) -> Tensor:

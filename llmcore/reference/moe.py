@@ -65,6 +65,5 @@ def moe_combine(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
 def grouped_gemm(x_sorted: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """See `llmcore.ops.grouped_gemm`."""
     dtype = _compute_dtype(x_sorted)
-    ends = offsets.tolist()
-    parts = [x_sorted[b:e].to(dtype) @ weight[i].to(dtype).t() for i, (b, e) in enumerate(zip(ends, ends[1:]))]
-    return torch.cat(parts).to(x_sorted.dtype)
+    groups = x_sorted.split(offsets.diff().tolist())
+    return torch.cat([x.to(dtype) @ w.to(dtype).t() for x, w in zip(groups, weight)]).to(x_sorted.dtype)

@@ -1,4 +1,4 @@
-"""What the mixture-of-experts ops say to bad input, and the promises that a comparison with the reference can't show."""
+"""What the mixture-of-experts ops say to bad input, and promises that comparing with the reference can't show."""
 
 from __future__ import annotations
 
