@@ -1,5 +1,5 @@
-"""What is timed: every benchmark sample of the registry, forward and forward + backward, as llmcore's kernel, torch's own
-operator and the pure-torch reference do it on the same inputs. Results are checked before anything is timed."""
+"""What is timed: every benchmark sample of the registry, forward and forward + backward, as llmcore's kernel, torch's
+own operator and the pure-torch reference do it on the same inputs. Results are checked before anything is timed."""
 
 from __future__ import annotations
 

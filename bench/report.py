@@ -59,7 +59,7 @@ def measure(case: Case, rounds: int, with_reference: bool) -> dict:
     if not with_reference and "torch" in functions:
         functions.pop("reference")
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for name, function in functions.items():
+    for function in functions.values():
         case.call(function)  # warm up
     for _ in range(rounds):
         for name, function in functions.items():

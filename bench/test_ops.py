@@ -13,11 +13,7 @@ CASES = list(cases())
 
 @pytest.mark.parametrize(
     ("case", "implementation"),
-    [
-        pytest.param(case, name, id=f"{case.name} | {name}")
-        for case in CASES
-        for name in case.implementations()
-    ],
+    [pytest.param(case, name, id=f"{case.name} | {name}") for case in CASES for name in case.implementations()],
 )
 def test_op(case, implementation, benchmark):
     function = case.implementations()[implementation]

@@ -11,7 +11,7 @@ def _check_torch(version: str) -> None:
     """The stable ABI of torch 2.10 is what the extension is built against; newer releases than tested may work."""
     release = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split("+")[0].split(".")[:2])
     if not (2, 10) <= release < (2, 14):
-        raise ImportError(f"llmcore needs torch >= 2.10 and < 2.14 (the tested range), but torch {version} is installed")
+        raise ImportError(f"llmcore is tested with torch >= 2.10 and < 2.14, but torch {version} is installed")
 
 
 _check_torch(torch.__version__)

@@ -29,8 +29,10 @@ const int32_t* cu_seqlens(Call& call, const Tensor& cu, int64_t total, const cha
   const int64_t n = cu.size(0);
   LLMCORE_CHECK(c[0] == 0, what, "[0] is ", c[0], "; offsets start with 0");
   for (int64_t i = 1; i < n; ++i)
-    LLMCORE_CHECK(c[i] >= c[i - 1], what, "[", i, "] is ", c[i], ", below ", c[i - 1], " before it; offsets must not fall");
-  LLMCORE_CHECK(c[n - 1] == total, what, " ends with ", c[n - 1], ", but ", of, " has ", total, " rows; they must be equal");
+    LLMCORE_CHECK(c[i] >= c[i - 1], what, "[", i, "] is ", c[i], ", below ", c[i - 1],
+                  " before it; offsets must not fall");
+  LLMCORE_CHECK(c[n - 1] == total, what, " ends with ", c[n - 1], ", but ", of, " has ", total,
+                " rows; they must be equal");
   return c;
 }
 
@@ -38,7 +40,8 @@ void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, 
               double softcap, const std::string& op) {
   AttentionMask& m = call.mask;
   LLMCORE_CHECK(std::isfinite(scale), op, ": scale is ", scale, "; it must be finite");
-  LLMCORE_CHECK(std::isfinite(softcap) && softcap >= 0, op, ": softcap is ", softcap, "; it must be positive, or 0 for none");
+  LLMCORE_CHECK(std::isfinite(softcap) && softcap >= 0, op, ": softcap is ", softcap,
+                "; it must be positive, or 0 for none");
   LLMCORE_CHECK(window >= 0, op, ": window is ", window, "; it must be positive, or 0 for none");
   m.scale = static_cast<float>(scale);
   m.softcap = static_cast<float>(softcap);
@@ -63,8 +66,8 @@ void set_heads(AttentionShape& s, const Tensor& q, const Tensor& k, const Tensor
                 " heads and k has ", s.kv_heads, "; the heads of q must be a multiple of those of k");
   LLMCORE_CHECK(v.size(-2) == s.kv_heads, op, ": v has ", v.size(-2), " heads, but k has ", s.kv_heads);
   LLMCORE_CHECK(k.size(-1) == s.head_dim, op, ": k has head size ", k.size(-1), ", but q has ", s.head_dim);
-  LLMCORE_CHECK(s.head_dim >= 1 && s.v_head_dim >= 1, op, ": head sizes are ", s.head_dim, " (q, k) and ",
-                s.v_head_dim, " (v); they must be at least 1");
+  LLMCORE_CHECK(s.head_dim >= 1 && s.v_head_dim >= 1, op, ": head sizes are ", s.head_dim, " (q, k) and ", s.v_head_dim,
+                " (v); they must be at least 1");
 }
 
 Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& sinks, const OptTensor& block_mask,
@@ -118,8 +121,8 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     LLMCORE_CHECK((mb == 1 || mb == s.batch) && (mh == 1 || mh == s.heads) && mq * block_q >= longest_q &&
                       mk * block_k >= longest_k,
                   what, " has shape ", shape_text(*block_mask), " with blocks of ", block_q, " x ", block_k,
-                  "; it must cover batch ", s.batch, " (or 1), ", s.heads, " heads (or 1), ", longest_q, " queries and ",
-                  longest_k, " keys");
+                  "; it must cover batch ", s.batch, " (or 1), ", s.heads, " heads (or 1), ", longest_q,
+                  " queries and ", longest_k, " keys");
     call.keep.push_back(dense_mask);
     AttentionMask& m = call.mask;
     m.block_mask = static_cast<const uint8_t*>(dense_mask.const_data_ptr());
@@ -177,14 +180,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const auto check_like_out = [&](const Tensor& t, const char* what) {
     check_cpu(t, what);
     check_same_dtype(t, q_in, what, "q");
-    if (s.cu_q) check_shape(t, {call.total_q, s.heads, s.v_head_dim}, what);
-    else check_shape(t, {s.batch, s.seq_q, s.heads, s.v_head_dim}, what);
+    if (s.cu_q)
+      check_shape(t, {call.total_q, s.heads, s.v_head_dim}, what);
+    else
+      check_shape(t, {s.batch, s.seq_q, s.heads, s.v_head_dim}, what);
   };
   const auto check_like_lse = [&](const Tensor& t, const char* what) {
     check_cpu(t, what);
     check_dtype(t, ScalarType::Float, what);
-    if (s.cu_q) check_shape(t, {s.heads, call.total_q}, what);
-    else check_shape(t, {s.batch, s.heads, s.seq_q}, what);
+    if (s.cu_q)
+      check_shape(t, {s.heads, call.total_q}, what);
+    else
+      check_shape(t, {s.batch, s.heads, s.seq_q}, what);
   };
   check_like_out(dout_in, "attention_backward: dout");
   check_like_out(out_in, "attention_backward: out");
@@ -239,7 +246,8 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   check_dim(q_in, 3, "paged_attention: q", "(batch, heads, head_dim), or (total, heads, head_dim) with cu_seqlens_q");
   p.q_dtype = float_dtype(q_in, "paged_attention: q");
   p.kv_dtype = cache_dtype(k_cache, "paged_attention: k_cache");
-  for (const auto& [cache, name] : {std::pair{&k_cache, "paged_attention: k_cache"}, {&v_cache, "paged_attention: v_cache"}}) {
+  for (const auto& [cache, name] :
+       {std::pair{&k_cache, "paged_attention: k_cache"}, {&v_cache, "paged_attention: v_cache"}}) {
     check_cpu(*cache, name);
     check_dim(*cache, 4, name, "(num_blocks, block_size, kv_heads, head_dim)");
     LLMCORE_CHECK(cache->size(-1) <= 1 || cache->stride(-1) == 1, name, " must be contiguous in its last dimension");

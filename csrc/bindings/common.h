@@ -1,5 +1,6 @@
 // What every binding shares: argument checks, dtype names, and torch's thread pool as a llmcore::Parallel.
-// Bindings see torch only through the LibTorch stable ABI (https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html).
+// Bindings see torch only through the LibTorch stable ABI
+// (https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,13 +30,13 @@ template <class... Parts>
 }
 
 // LLMCORE_CHECK(cond, "rms_norm: ", ...): throws a RuntimeError that names the value and what is accepted.
-#define LLMCORE_CHECK(cond, ...)             \
-  do {                                       \
+#define LLMCORE_CHECK(cond, ...)               \
+  do {                                         \
     if (!(cond)) ::llmcore::fail(__VA_ARGS__); \
   } while (0)
 
-std::string dtype_name(ScalarType t);    // "float32"
-std::string shape_text(const Tensor& t); // "(2, 3)"
+std::string dtype_name(ScalarType t);     // "float32"
+std::string shape_text(const Tensor& t);  // "(2, 3)"
 
 // The kernel's dtype of a floating-point CPU tensor; an error that names `what` for any other dtype.
 DType float_dtype(const Tensor& t, const char* what);

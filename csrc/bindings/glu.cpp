@@ -17,11 +17,9 @@ Tensor glu(const Tensor& gate, const Tensor& up, Activation activation, const ch
   check_same_shape(up, gate, up_name.c_str(), "gate");
   const Rows g = as_rows(gate), u = as_rows(up);
   Tensor y = empty_same_shape(gate);
-  GluParams p{dtype,    activation,
-              g.rows,   g.dim,
-              g.tensor.const_data_ptr(), g.stride,
-              u.tensor.const_data_ptr(), u.stride,
-              y.mutable_data_ptr()};
+  GluParams p{
+      dtype,    activation,          g.rows, g.dim, g.tensor.const_data_ptr(), g.stride, u.tensor.const_data_ptr(),
+      u.stride, y.mutable_data_ptr()};
   if (g.dim > 0) cpu::glu_forward(p, torch_parallel());
   return y;
 }
@@ -35,12 +33,18 @@ std::tuple<Tensor, Tensor> glu_backward(const Tensor& dy, const Tensor& gate, co
   check_same_shape(dy, gate, dy_name.c_str(), "gate");
   const Rows d = as_rows(dy), g = as_rows(gate), u = as_rows(up);
   Tensor dgate = empty_same_shape(gate), dup = empty_same_shape(up);
-  GluBackwardParams p{dtype,    activation,
-                      g.rows,   g.dim,
-                      d.tensor.const_data_ptr(), d.stride,
-                      g.tensor.const_data_ptr(), g.stride,
-                      u.tensor.const_data_ptr(), u.stride,
-                      dgate.mutable_data_ptr(),  dup.mutable_data_ptr()};
+  GluBackwardParams p{dtype,
+                      activation,
+                      g.rows,
+                      g.dim,
+                      d.tensor.const_data_ptr(),
+                      d.stride,
+                      g.tensor.const_data_ptr(),
+                      g.stride,
+                      u.tensor.const_data_ptr(),
+                      u.stride,
+                      dgate.mutable_data_ptr(),
+                      dup.mutable_data_ptr()};
   if (g.dim > 0) cpu::glu_backward(p, torch_parallel());
   return {dgate, dup};
 }

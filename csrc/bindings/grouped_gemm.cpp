@@ -14,8 +14,8 @@ Tensor checked_offsets(const Tensor& offsets, int64_t num_experts, int64_t rows,
   const int32_t* values = static_cast<const int32_t*>(result.const_data_ptr());
   LLMCORE_CHECK(values[0] == 0, what, "[0] is ", values[0], "; it must be 0");
   for (int64_t e = 0; e < num_experts; ++e)
-    LLMCORE_CHECK(values[e + 1] >= values[e], what, "[", e + 1, "] is ", values[e + 1], ", below ", what, "[", e,
-                  "], ", values[e], "; they must not fall");
+    LLMCORE_CHECK(values[e + 1] >= values[e], what, "[", e + 1, "] is ", values[e + 1], ", below ", what, "[", e, "], ",
+                  values[e], "; they must not fall");
   LLMCORE_CHECK(values[num_experts] == rows, what, "[", num_experts, "] is ", values[num_experts],
                 "; the last one must be the number of rows, ", rows);
   return result;

@@ -78,8 +78,7 @@ std::tuple<Tensor, Tensor> gradients(Call& call, const Tensor& hidden, const Ten
 std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
                                                 int64_t ignore_index, double softcap, double z_loss,
                                                 double label_smoothing) {
-  Call call =
-      checked("linear_cross_entropy", hidden, weight, targets, ignore_index, softcap, z_loss, label_smoothing);
+  Call call = checked("linear_cross_entropy", hidden, weight, targets, ignore_index, softcap, z_loss, label_smoothing);
   Tensor loss = zeros(hidden, {call.all}, ScalarType::Float), lse = zeros(hidden, {call.all}, ScalarType::Float);
   call.params.loss = static_cast<float*>(loss.mutable_data_ptr());
   call.params.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -88,12 +87,11 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, const Tens
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, const Tensor& hidden,
-                                                         const Tensor& weight, const Tensor& targets,
-                                                         const Tensor& lse, int64_t ignore_index, double softcap,
-                                                         double z_loss, double label_smoothing, bool need_dhidden,
-                                                         bool need_dweight) {
-  Call call = checked("linear_cross_entropy_backward", hidden, weight, targets, ignore_index, softcap, z_loss,
-                      label_smoothing);
+                                                         const Tensor& weight, const Tensor& targets, const Tensor& lse,
+                                                         int64_t ignore_index, double softcap, double z_loss,
+                                                         double label_smoothing, bool need_dhidden, bool need_dweight) {
+  Call call =
+      checked("linear_cross_entropy_backward", hidden, weight, targets, ignore_index, softcap, z_loss, label_smoothing);
   check_cpu(dloss, "linear_cross_entropy_backward: dloss");
   check_dtype(dloss, ScalarType::Float, "linear_cross_entropy_backward: dloss");
   check_shape(dloss, {call.all}, "linear_cross_entropy_backward: dloss");
@@ -110,9 +108,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, co
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_with_grad(const Tensor& hidden, const Tensor& weight,
                                                                   const Tensor& targets, int64_t ignore_index,
-                                                                  double softcap, double z_loss,
-                                                                  double label_smoothing, bool mean,
-                                                                  bool need_dhidden, bool need_dweight) {
+                                                                  double softcap, double z_loss, double label_smoothing,
+                                                                  bool mean, bool need_dhidden, bool need_dweight) {
   Call call = checked("linear_cross_entropy_with_grad", hidden, weight, targets, ignore_index, softcap, z_loss,
                       label_smoothing);
   Tensor losses = zeros(hidden, {call.all}, ScalarType::Float), lse = empty(hidden, {call.all}, ScalarType::Float);

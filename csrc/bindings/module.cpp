@@ -16,13 +16,18 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = LLMCORE_BUILD_COMPILER;
     return info;
   });
-  m.def("cpu_isas", [] {
-    py::list isas;
-    for (int i = 0; i < static_cast<int>(llmcore::Isa::count); ++i)
-      if (llmcore::isa_runs_here(static_cast<llmcore::Isa>(i))) isas.append(llmcore::isa_name(static_cast<llmcore::Isa>(i)));
-    return isas;
-  }, "The instruction sets of this build that this machine can run, from plain to best.");
+  m.def(
+      "cpu_isas",
+      [] {
+        py::list isas;
+        for (int i = 0; i < static_cast<int>(llmcore::Isa::count); ++i)
+          if (llmcore::isa_runs_here(static_cast<llmcore::Isa>(i)))
+            isas.append(llmcore::isa_name(static_cast<llmcore::Isa>(i)));
+        return isas;
+      },
+      "The instruction sets of this build that this machine can run, from plain to best.");
   m.def("active_cpu_isa", [] { return llmcore::isa_name(llmcore::active_isa()); });
-  m.def("set_cpu_isa", [](const std::string& name) { return llmcore::set_isa(name.c_str()); },
-        "Chooses the instruction set of the CPU kernels for the whole process; False when it is not available.");
+  m.def(
+      "set_cpu_isa", [](const std::string& name) { return llmcore::set_isa(name.c_str()); },
+      "Chooses the instruction set of the CPU kernels for the whole process; False when it is not available.");
 }

@@ -67,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_dispatch(const Tensor& x, const Tensor& e
                  static_cast<int32_t*>(row_of.mutable_data_ptr())},
                 par);
   const Rows x_rows = as_rows(x);
-  cpu::moe_scatter({dtype, tokens, top_k, dim, x_rows.tensor.const_data_ptr(), x_rows.stride, int_data(row_of),
-                    nullptr, x_sorted.mutable_data_ptr(), nullptr, 0, nullptr},
+  cpu::moe_scatter({dtype, tokens, top_k, dim, x_rows.tensor.const_data_ptr(), x_rows.stride, int_data(row_of), nullptr,
+                    x_sorted.mutable_data_ptr(), nullptr, 0, nullptr},
                    par);
   return {x_sorted, offsets, row_of};
 }

@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const OptTensor& 
   Rows dz_rows{z, 0, 0, 0};
   if (dz) {
     check_same_dtype(*dz, z, "rms_norm_backward: dz", "z");
-    LLMCORE_CHECK(shape_text(*dz) == shape_text(z), "rms_norm_backward: dz has shape ", shape_text(*dz),
-                  ", but z has ", shape_text(z));
+    LLMCORE_CHECK(shape_text(*dz) == shape_text(z), "rms_norm_backward: dz has shape ", shape_text(*dz), ", but z has ",
+                  shape_text(z));
     dz_rows = as_rows(*dz);
   }
   const Tensor w = dense(weight), r = dense(rstd);

@@ -25,8 +25,7 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "moe_route_backward(Tensor? dweights, Tensor? dscores, Tensor scores, Tensor experts, bool sigmoid, "
       "bool renormalize, float scale) -> Tensor dlogits");
-  m.def(
-      "moe_dispatch(Tensor x, Tensor experts, int num_experts) -> (Tensor x_sorted, Tensor offsets, Tensor row_of)");
+  m.def("moe_dispatch(Tensor x, Tensor experts, int num_experts) -> (Tensor x_sorted, Tensor offsets, Tensor row_of)");
   m.def("moe_dispatch_backward(Tensor dx_sorted, Tensor row_of) -> Tensor dx");
   m.def("moe_combine(Tensor y_sorted, Tensor weights, Tensor row_of) -> Tensor out");
   m.def(

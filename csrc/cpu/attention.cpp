@@ -251,7 +251,8 @@ class Forward {
           load_tile(t, x, key0, count, direct);
           loaded = true;
         }
-        const int64_t panel0 = view.begin / kPanel, end = round_up(view.end, kPanel), k_steps = steps_of<Product>(s.head_dim);
+        const int64_t panel0 = view.begin / kPanel, end = round_up(view.end, kPanel),
+                      k_steps = steps_of<Product>(s.head_dim);
         float* scores = x.scores.data();
         if (direct) {
           if constexpr (Product::kStep == 1)
@@ -267,8 +268,8 @@ class Forward {
           float *line = scores + r * kKeys, *acc = x.acc.data() + (row0 + r) * acc_width_;
           ready_scores(p_.mask, view.begin, end, line);
           if (view.partial || direct) mask_scores(p_.mask, t, group_, row0 + r, key0, view, line);
-          softmax_row(exponent_factor(p_.mask), view.begin, end, line, x.highest.data()[row0 + r], x.total.data()[row0 + r], acc,
-                      acc_width_);
+          softmax_row(exponent_factor(p_.mask), view.begin, end, line, x.highest.data()[row0 + r],
+                      x.total.data()[row0 + r], acc, acc_width_);
         }
         if (direct) {
           if constexpr (Product::kStep == 1)
@@ -326,7 +327,8 @@ class Forward {
   }
 
   // (acc, highest, total) of one row joined with another split's.
-  void join(float* acc, float& highest, float& total, const float* other, float other_highest, float other_total) const {
+  void join(float* acc, float& highest, float& total, const float* other, float other_highest,
+            float other_total) const {
     const float top = highest > other_highest ? highest : other_highest;
     const float a = highest == top ? 1.f : __builtin_exp2f(highest - top);
     const float b = other_highest == top ? 1.f : __builtin_exp2f(other_highest - top);

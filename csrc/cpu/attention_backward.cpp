@@ -16,12 +16,12 @@ constexpr int64_t kBlockRows = 3 * kSubRows;  // rows of q whose packed forms st
 template <class Product>
 struct Worker {
   using Elem = typename Product::Elem;
-  int64_t rows;                               // capacity
-  Scratch<Elem> q, dout;                      // (rows, steps): row-major operands
-  Scratch<Elem> q_panels, dout_panels;        // panels of (row steps, kPanel)
-  Scratch<Elem> k_by_dim, v_by_dim, k_by_key; // k^T and v^T in panels of keys; k in panels of dims
+  int64_t rows;                                // capacity
+  Scratch<Elem> q, dout;                       // (rows, steps): row-major operands
+  Scratch<Elem> q_panels, dout_panels;         // panels of (row steps, kPanel)
+  Scratch<Elem> k_by_dim, v_by_dim, k_by_key;  // k^T and v^T in panels of keys; k in panels of dims
   Scratch<float> dq, lse, delta, p, ds, k_copy, v_copy, row_copy;
-  Scratch<Elem> p_pairs, ds_pairs, ds_rows;   // bf16 forms of p and ds
+  Scratch<Elem> p_pairs, ds_pairs, ds_rows;  // bf16 forms of p and ds
   TileRows<typename RowElem<Product>::type> k_rows, v_rows;
 
   Worker(const AttentionShape& s, int64_t rows)
@@ -198,7 +198,8 @@ class Backward {
         for (int64_t r = 0; r < rows; r += 2) {
           const bool odd = r + 1 < rows;
           pair_rows(p + r * kKeys, odd ? p + (r + 1) * kKeys : nullptr, begin, end, x.p_pairs.data() + r / 2 * kKeys);
-          pair_rows(ds + r * kKeys, odd ? ds + (r + 1) * kKeys : nullptr, begin, end, x.ds_pairs.data() + r / 2 * kKeys);
+          pair_rows(ds + r * kKeys, odd ? ds + (r + 1) * kKeys : nullptr, begin, end,
+                    x.ds_pairs.data() + r / 2 * kKeys);
         }
         bf16* to = reinterpret_cast<bf16*>(x.ds_rows.data());
         for (int64_t r = 0; r < rows; ++r)
@@ -212,9 +213,10 @@ class Backward {
       multiply_panels<Product, false>(keys, dk_width_ / kPanel, sub_steps, ds_columns + begin, kKeys,
                                       x.q_panels.data() + q_at, row_steps * kPanel, dk + begin * dk_width_, dk_width_,
                                       true);
-      multiply_panels<Product, true>(rows, dk_width_ / kPanel, steps_of<Product>(keys), ds_rows + begin / Product::kStep,
-                                     kKeys / Product::kStep, x.k_by_key.data() + begin / Product::kStep * kPanel,
-                                     key_steps * kPanel, x.dq.data() + row0 * dk_width_, dk_width_, true);
+      multiply_panels<Product, true>(rows, dk_width_ / kPanel, steps_of<Product>(keys),
+                                     ds_rows + begin / Product::kStep, kKeys / Product::kStep,
+                                     x.k_by_key.data() + begin / Product::kStep * kPanel, key_steps * kPanel,
+                                     x.dq.data() + row0 * dk_width_, dk_width_, true);
     }
   }
 
@@ -279,7 +281,9 @@ class Backward {
       for (int64_t i = 0; i < seq.num_k * dv_width_; i += kLanes) store(dv + i, load(dv + i) + load(other_dv + i));
     }
     for (int64_t j = 0; j < seq.num_k; ++j) {
-      const auto offset = [&](const RowStrides& s) { return b * s.batch + (seq.k_start + j) * s.row + kv_head * s.head; };
+      const auto offset = [&](const RowStrides& s) {
+        return b * s.batch + (seq.k_start + j) * s.row + kv_head * s.head;
+      };
       row_from_float(dk + j * dk_width_, p_.dtype, p_.shape.head_dim, p_.mask.scale,
                      const_cast<void*>(at(p_.dk, p_.dtype, offset(p_.dk_strides))));
       row_from_float(dv + j * dv_width_, p_.dtype, p_.shape.v_head_dim, 1.f,

@@ -168,16 +168,20 @@ inline void row_to_float(const void* row, DType dtype, int64_t dim, int64_t padd
   }
   for (; i < padded; ++i) out[i] = 0.f;
 }
-inline void row_from_float(const float* in, DType dtype, int64_t dim, float factor, void* row) {
-  LLMCORE_DISPATCH_FLOAT(dtype, T, {
-    T* out = static_cast<T*>(row);
-    int64_t i = 0;
-    for (; i + kLanes <= dim; i += kLanes) store(out + i, load(in + i) * factor);
-    for (; i < dim; ++i) out[i] = from_float<T>(in[i] * factor);
-  })
-}
+inline void row_from_float(const float* in, DType dtype, int64_t dim, float factor,
+                           void* row){LLMCORE_DISPATCH_FLOAT(dtype, T,
+                                                             {
+                                                               T* out = static_cast<T*>(row);
+                                                               int64_t i = 0;
+                                                               for (; i + kLanes <= dim; i += kLanes)
+                                                                 store(out + i, load(in + i) * factor);
+                                                               for (; i < dim; ++i)
+                                                                 out[i] = from_float<T>(in[i] * factor);
+                                                             })}
 
-LLMCORE_INLINE int64_t element_size(DType t) { return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2; }
+LLMCORE_INLINE int64_t element_size(DType t) {
+  return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2;
+}
 LLMCORE_INLINE const void* at(const void* base, DType t, int64_t offset) {
   return static_cast<const char*>(base) + offset * element_size(t);
 }
@@ -252,9 +256,7 @@ inline void load_row(const void* row, DType dtype, int64_t dim, int64_t steps, t
 }
 
 // Whether bf16 products serve a call: the machine has them and both operands are bf16.
-LLMCORE_INLINE bool use_bf16_product(DType q, DType kv) {
-  return kHasBf16Dot && q == DType::bf16 && kv == DType::bf16;
-}
+LLMCORE_INLINE bool use_bf16_product(DType q, DType kv) { return kHasBf16Dot && q == DType::bf16 && kv == DType::bf16; }
 
 }  // namespace LLMCORE_ISA
 }  // namespace cpu

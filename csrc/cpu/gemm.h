@@ -4,7 +4,8 @@
 //   pack_*()  copies operands into the order micro() reads, converting 16-bit floats on the way
 //   gemm()    blocked single-threaded product of two strided matrices; callers split the work among threads
 //
-// The blocking is that of Goto & van de Geijn (ACM TOMS 34, 2008): a panel of B stays in L1 while rows of A stream past.
+// The blocking is that of Goto & van de Geijn (ACM TOMS 34, 2008): a panel of B stays in L1 while rows of A stream
+// past.
 #pragma once
 #include "scratch.h"
 #include "simd/simd.h"
@@ -22,7 +23,9 @@ constexpr int kTileRows = 6, kPanelVectors = 2;  // 12 of 16 registers
 constexpr int kPanel = kPanelVectors * kLanes;  // columns of B in one panel
 constexpr int64_t kChainSteps = 128;            // products summed in one chain before they meet the rest
 
-LLMCORE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+LLMCORE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // How products are formed. One "step" of k is one 32-bit element of the packed operands.
 struct ProductF32 {
@@ -42,8 +45,8 @@ struct ProductBf16 {  // an element holds the bf16 pair (k, k + 1)
   }
 };
 
-// c (R, kPanel) (+)= a (R, steps) * b (steps, kPanel). a's element (r, s) is a[r * a_row + s * a_step], b's row s starts
-// at b + s * kPanel, c's row r at c + r * c_stride.
+// c (R, kPanel) (+)= a (R, steps) * b (steps, kPanel). a's element (r, s) is a[r * a_row + s * a_step], b's row s
+// starts at b + s * kPanel, c's row r at c + r * c_stride.
 template <class Product, int R, int Vectors>
 LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, int64_t a_row, int64_t a_step,
                                const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
@@ -73,10 +76,10 @@ template <class Product, bool RowMajor>
 inline void micro(int rows, int64_t steps, const typename Product::Elem* a, int64_t a_stride,
                   const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
   const int64_t a_row = RowMajor ? a_stride : 1, a_step = RowMajor ? 1 : a_stride;
-#define LLMCORE_ROWS(R)                                                                                        \
-  case R:                                                                                                      \
-    if constexpr (R <= kTileRows)                                                                              \
-      micro_rows<Product, R, kPanelVectors>(steps, a, a_row, a_step, b, c, c_stride, accumulate);              \
+#define LLMCORE_ROWS(R)                                                                           \
+  case R:                                                                                         \
+    if constexpr (R <= kTileRows)                                                                 \
+      micro_rows<Product, R, kPanelVectors>(steps, a, a_row, a_step, b, c, c_stride, accumulate); \
     break;
   switch (rows) {
     LLMCORE_ROWS(1)
@@ -215,8 +218,8 @@ inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
 
 // ---- blocked product -----------------------------------------------------------------------------------------------
 
-// Blocks: one chain of k, so that a long product is as accurate as torch's; a panel of B (128 x kPanel floats) then fits
-// a quarter of a 32 KiB L1, B's block (128 x 256) a quarter of a 512 KiB L2. Longer blocks of k were no faster.
+// Blocks: one chain of k, so that a long product is as accurate as torch's; a panel of B (128 x kPanel floats) then
+// fits a quarter of a 32 KiB L1, B's block (128 x 256) a quarter of a 512 KiB L2. Longer blocks of k were no faster.
 constexpr int64_t kBlockK = kChainSteps, kBlockN = 256, kBlockM = 20 * kTileRows;
 
 struct GemmScratch {
@@ -257,8 +260,7 @@ inline void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b) {
     for (int64_t j = 0; j < n; j += kPanel)
       for (int64_t s = 0; s < k; ++s)
         for (int64_t v = 0; v < kPanel; ++v)
-          out[j * k + s * kPanel + v] =
-              j + v < n ? to_float(b.data[s * b.row_stride + (j + v) * b.col_stride]) : 0.f;
+          out[j * k + s * kPanel + v] = j + v < n ? to_float(b.data[s * b.row_stride + (j + v) * b.col_stride]) : 0.f;
   }
 }
 
@@ -293,7 +295,8 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, fl
             float* edge = scratch.edge.data();  // the panel is wider than what is left of c
             micro<ProductF32, false>(rows, kb, tile, kTileRows, panel, edge, kPanel, false);
             for (int r = 0; r < rows; ++r)
-              for (int64_t v = 0; v < nb - j; ++v) to[r * c_stride + v] = edge[r * kPanel + v] + (add ? to[r * c_stride + v] : 0.f);
+              for (int64_t v = 0; v < nb - j; ++v)
+                to[r * c_stride + v] = edge[r * kPanel + v] + (add ? to[r * c_stride + v] : 0.f);
           }
         }
       }

@@ -29,7 +29,8 @@ inline void store_row(T* out, const float* in, int64_t n) {
   if (i < n) store_n(out + i, load_n(in + i, n - i), n - i);
 }
 
-// gemm() into a matrix of T with row stride out_stride: straight into it when it is float, else by way of `tile` (m, n).
+// gemm() into a matrix of T with row stride out_stride: straight into it when it is float, else by way of `tile` (m,
+// n).
 template <class T, class TA, class TB>
 inline void gemm_to(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, T* out, int64_t out_stride,
                     float* tile, GemmScratch& packing) {

@@ -50,9 +50,8 @@ void forward(const GluParams& p, const Parallel& par) {
       const T* gate = static_cast<const T*>(p.gate) + r * p.gate_stride;
       const T* up = static_cast<const T*>(p.up) + r * p.up_stride;
       T* y = static_cast<T*>(p.y) + r * p.dim;
-      for_row(p.dim, [&](int64_t i, auto n) {
-        store_n(y + i, Act::value(load_n(gate + i, n)) * load_n(up + i, n), n);
-      });
+      for_row(p.dim,
+              [&](int64_t i, auto n) { store_n(y + i, Act::value(load_n(gate + i, n)) * load_n(up + i, n), n); });
     }
   });
 }
@@ -79,19 +78,21 @@ void backward(const GluBackwardParams& p, const Parallel& par) {
 }  // namespace
 
 void glu_forward(const GluParams& p, const Parallel& par) {
-  LLMCORE_DISPATCH_FLOAT(p.dtype, T, switch (p.activation) {
-    case Activation::silu: return forward<T, Silu>(p, par);
-    case Activation::gelu_tanh: return forward<T, GeluTanh>(p, par);
-    case Activation::gelu_erf: return forward<T, GeluErf>(p, par);
-  })
+  LLMCORE_DISPATCH_FLOAT(
+      p.dtype, T, switch (p.activation) {
+        case Activation::silu: return forward<T, Silu>(p, par);
+        case Activation::gelu_tanh: return forward<T, GeluTanh>(p, par);
+        case Activation::gelu_erf: return forward<T, GeluErf>(p, par);
+      })
 }
 
 void glu_backward(const GluBackwardParams& p, const Parallel& par) {
-  LLMCORE_DISPATCH_FLOAT(p.dtype, T, switch (p.activation) {
-    case Activation::silu: return backward<T, Silu>(p, par);
-    case Activation::gelu_tanh: return backward<T, GeluTanh>(p, par);
-    case Activation::gelu_erf: return backward<T, GeluErf>(p, par);
-  })
+  LLMCORE_DISPATCH_FLOAT(
+      p.dtype, T, switch (p.activation) {
+        case Activation::silu: return backward<T, Silu>(p, par);
+        case Activation::gelu_tanh: return backward<T, GeluTanh>(p, par);
+        case Activation::gelu_erf: return backward<T, GeluErf>(p, par);
+      })
 }
 
 }  // namespace LLMCORE_ISA

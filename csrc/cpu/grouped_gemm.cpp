@@ -88,8 +88,8 @@ void add_rows(const float* x, const T* w, int64_t w_stride, int64_t n, int64_t k
 // y (rows, n) = x (rows, k) * b (k, n) for rows <= kDirectRows. `x_rows` holds kDirectRows * k floats, `sums`
 // kDirectRows * kDirectColumns.
 template <class T>
-void multiply_few(int64_t rows, int64_t n, int64_t k, const T* x, int64_t x_stride, Matrix<T> b, T* y,
-                  int64_t y_stride, float* x_rows, float* sums) {
+void multiply_few(int64_t rows, int64_t n, int64_t k, const T* x, int64_t x_stride, Matrix<T> b, T* y, int64_t y_stride,
+                  float* x_rows, float* sums) {
   const int64_t padded = rows == 3 ? 4 : rows;
   for (int64_t r = 0; r < padded; ++r)
     for (int64_t i = 0; i < k; ++i) x_rows[r * k + i] = r < rows ? to_float(x[r * x_stride + i]) : 0.f;
@@ -115,7 +115,8 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
   GemmWorkers workers(par.threads, kRowBlock * kColumnBlock);
   Scratch<float> x_rows(par.threads * kDirectRows * p.k);
   parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
-    const int64_t e = expert_of(first.data(), p.num_experts, task), rows = rows_of(e), of_expert = task - first.data()[e];
+    const int64_t e = expert_of(first.data(), p.num_experts, task), rows = rows_of(e),
+                  of_expert = task - first.data()[e];
     const T* x = static_cast<const T*>(p.x) + p.offsets[e] * p.x_stride;
     T* y = static_cast<T*>(p.y) + p.offsets[e] * p.n;
     Matrix<T> b{static_cast<const T*>(p.weight) + e * p.expert_stride, p.k_stride, p.n_stride};
@@ -129,8 +130,9 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
     const int64_t row_blocks = blocks(rows, kRowBlock);
     const int64_t r = of_expert % row_blocks * kRowBlock, j = of_expert / row_blocks * kColumnBlock;
     b.data += j * b.col_stride;
-    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, kColumnBlock), p.k, Matrix<T>{x + r * p.x_stride, p.x_stride, 1},
-            b, y + r * p.n + j, p.n, workers.tile(worker), workers.packing(worker));
+    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, kColumnBlock), p.k,
+            Matrix<T>{x + r * p.x_stride, p.x_stride, 1}, b, y + r * p.n + j, p.n, workers.tile(worker),
+            workers.packing(worker));
   });
 }
 

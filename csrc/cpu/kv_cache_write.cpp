@@ -44,8 +44,7 @@ LLMCORE_INLINE float quantise_row(const T* x, int8_t* q, int64_t dim) {
 template <class T>
 void write_row(const CacheSide& side, DType cache_dtype, int64_t token, int64_t block, int64_t offset, int64_t head) {
   const T* x = static_cast<const T*>(side.source) + token * side.source_strides[0] + head * side.source_strides[1];
-  const int64_t at =
-      block * side.cache_strides[0] + offset * side.cache_strides[1] + head * side.cache_strides[2];
+  const int64_t at = block * side.cache_strides[0] + offset * side.cache_strides[1] + head * side.cache_strides[2];
   if (cache_dtype == DType::i8) {
     const float scale = quantise_row(x, static_cast<int8_t*>(side.cache) + at, side.head_dim);
     side.scale[block * side.scale_strides[0] + offset * side.scale_strides[1] + head * side.scale_strides[2]] = scale;

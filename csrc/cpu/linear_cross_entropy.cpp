@@ -19,10 +19,10 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-constexpr int64_t kTokenBlock = 2 * kBlockM;          // rows of a task of step 1
-constexpr int64_t kMaxChunk = 2 * kTokenBlock;        // tokens
-constexpr int64_t kMinChunk = 64;                     // fewer would read and write dweight too often
-constexpr int64_t kChunkLogits = int64_t{16} << 20;   // logits held at once, 64 MiB, unless kMinChunk asks for more
+constexpr int64_t kTokenBlock = 2 * kBlockM;         // rows of a task of step 1
+constexpr int64_t kMaxChunk = 2 * kTokenBlock;       // tokens
+constexpr int64_t kMinChunk = 64;                    // fewer would read and write dweight too often
+constexpr int64_t kChunkLogits = int64_t{16} << 20;  // logits held at once, 64 MiB, unless kMinChunk asks for more
 constexpr int64_t kMaxVocabBlock = 256, kMinVocabBlock = 64;
 constexpr int64_t kTileStride = kMaxVocabBlock + 16;  // not a power of two: columns are read too
 constexpr int64_t kDimBlock = kBlockN;                // columns of a task of step 4
@@ -101,7 +101,8 @@ template <class T>
 void losses(const LinearCrossEntropyParams& p, const Chunk<T>& chunk, int64_t vocab_blocks, const Parallel& par) {
   parallel_ranges(par, chunk.size, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float *tops = chunk.stats + i * 3 * vocab_blocks, *sums = tops + vocab_blocks, *totals = sums + vocab_blocks;
+      const float *tops = chunk.stats + i * 3 * vocab_blocks, *sums = tops + vocab_blocks,
+                  *totals = sums + vocab_blocks;
       float top = tops[0];
       for (int64_t b = 1; b < vocab_blocks; ++b) top = tops[b] > top ? tops[b] : top;
       vf sum = zero(), total = zero();
@@ -169,8 +170,8 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
   float* dweight = kDirect ? static_cast<float*>(p.dweight) : dweight_sum.data();
 
   for (int64_t begin = 0; begin < p.count; begin += chunk_size) {
-    Chunk<T> chunk{at_most(p.count - begin, chunk_size), p.tokens + begin, {}, gradients ? tiles.data() : nullptr,
-                   stats.data()};
+    Chunk<T> chunk{
+        at_most(p.count - begin, chunk_size), p.tokens + begin, {}, gradients ? tiles.data() : nullptr, stats.data()};
     const T* rows = static_cast<const T*>(p.hidden);
     if (adjacent) {
       chunk.hidden = {rows + chunk.tokens[0] * p.hidden_stride, p.hidden_stride, 1};
@@ -186,7 +187,8 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
     parallel_tasks(par, vocab_blocks, [&](int64_t block, int64_t worker) {
       const int64_t word = block * vocab_block, words = at_most(p.vocab - word, vocab_block);
       float* tile = chunk.tiles + block * chunk.size * kTileStride;
-      for (int64_t i = 0; i < chunk.size; ++i) differentiate<G>(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
+      for (int64_t i = 0; i < chunk.size; ++i)
+        differentiate<G>(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
       if (p.dweight)
         gemm(words, p.dim, chunk.size, Matrix<G>{reinterpret_cast<const G*>(tile), 1, kGradStride}, chunk.hidden,
              dweight + word * p.dim, p.dim, begin > 0, workers.packing(worker));

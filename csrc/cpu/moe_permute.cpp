@@ -91,9 +91,7 @@ void moe_scatter(const MoeScatterParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, scatter<T>(p, par))
 }
 
-void moe_gather(const MoeGatherParams& p, const Parallel& par) {
-  LLMCORE_DISPATCH_FLOAT(p.dtype, T, gather<T>(p, par))
-}
+void moe_gather(const MoeGatherParams& p, const Parallel& par) { LLMCORE_DISPATCH_FLOAT(p.dtype, T, gather<T>(p, par)) }
 
 }  // namespace LLMCORE_ISA
 }  // namespace cpu

@@ -33,9 +33,7 @@ void forward(const RmsNormParams& p, const Parallel& par) {
       const float rstd = 1.f / __builtin_sqrtf(mean + p.eps);
       p.rstd[r] = rstd;
       const T* in = residual ? z : x;
-      for_row(p.dim, [&](int64_t i, auto n) {
-        store_n(y + i, load_n(in + i, n) * rstd * load_n(weight + i, n), n);
-      });
+      for_row(p.dim, [&](int64_t i, auto n) { store_n(y + i, load_n(in + i, n) * rstd * load_n(weight + i, n), n); });
     }
   });
 }

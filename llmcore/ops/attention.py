@@ -124,7 +124,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Attention of new queries over a paged cache (PagedAttention, arXiv 2309.06180): decode and chunked prefill in one.
+    """Attention of new queries over a paged cache (PagedAttention, arXiv 2309.06180): decode and chunked prefill.
 
     Key j of sequence b lies in block `block_table[b, j // block_size]`, slot `j % block_size`. A sequence's last query
     stands at its last key, which must be in the cache already (`kv_cache_write`). No gradient.
@@ -211,8 +211,8 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     wide = randn(2, 40, 3, 4, 96)
     yield Sample("strided", (wide[:, :, 0, :, :40], wide[:, :, 1, :2, 40:80], wide[:, :, 2, 1:3, 7:57]),
                  {"causal": True, "return_lse": True}, (0, 1, 2))  # fmt: skip
-    yield Sample("head dim not contiguous", (randn(1, 9, 16, 2).transpose(2, 3), randn(1, 9, 2, 16), randn(1, 9, 2, 16)),
-                 {"return_lse": True}, (0, 1, 2))  # fmt: skip
+    columns = (randn(1, 9, 16, 2).transpose(2, 3), randn(1, 9, 2, 16), randn(1, 9, 2, 16))
+    yield Sample("head dim not contiguous", columns, {"return_lse": True}, (0, 1, 2))
     lengths_q, lengths_k = [0, 1, 70, 0, 33], [5, 1, 70, 0, 100]
     cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
     packed = (randn(sum(lengths_q), 4, 32), randn(sum(lengths_k), 2, 32), randn(sum(lengths_k), 2, 48))

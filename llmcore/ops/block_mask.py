@@ -73,7 +73,8 @@ class BlockMask:
     def _combine(self, other: BlockMask, mask: Tensor) -> BlockMask:
         if (self.block_q, self.block_k) != (other.block_q, other.block_k):
             raise ValueError(
-                f"BlockMask: cannot combine blocks of {self.block_q}x{self.block_k} with {other.block_q}x{other.block_k}"
+                f"BlockMask: blocks of {self.block_q}x{self.block_k} cannot be combined with blocks of "
+                f"{other.block_q}x{other.block_k}"
             )
         return BlockMask(mask, self.block_q, self.block_k)
 

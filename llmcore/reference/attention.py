@@ -21,8 +21,8 @@ def _visible(num_q: int, num_k: int, causal: bool, window: int | None, device) -
 
 
 def _attend(q, k, v, seen, scale, softcap, sinks) -> tuple[Tensor, Tensor]:
-    """q (batch, num_q, heads, dim), k, v (batch, num_k, kv_heads, dim); seen broadcasts to (batch, heads, num_q, num_k).
-    Returns out (batch, num_q, heads, v_dim) and lse (batch, heads, num_q). Scores and sums are in float32 (float64 for
+    """q (batch, num_q, heads, dim); k, v (batch, num_k, kv_heads, dim); seen broadcasts to (batch, heads, num_q,
+    num_k). Returns out (batch, num_q, heads, v_dim) and lse (batch, heads, num_q). Scores and sums are in float32 (float64 for
     float64 inputs); the probabilities are rounded to v's dtype before they meet v, as a tensor core takes them."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[2] // k.shape[2]
@@ -70,11 +70,11 @@ def attention(
     """See `llmcore.ops.attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def one(q, k, v, sequence=slice(None)):  # (batch, seq, heads, dim); sequence: of the block mask's batch
+    def one(q, k, v, sequence=None):  # (batch, seq, heads, dim); sequence: which of the block mask's batch
         seen = _visible(q.shape[1], k.shape[1], causal, window, q.device)
         if block_mask is not None:
             blocks = block_mask.dense(q.shape[1], k.shape[1]).to(q.device)
-            seen = seen & (blocks if blocks.shape[0] == 1 else blocks[sequence])
+            seen = seen & (blocks if sequence is None or blocks.shape[0] == 1 else blocks[sequence : sequence + 1])
         return _attend(q, k, v, seen, scale, softcap, sinks)
 
     if cu_seqlens_q is None:
@@ -84,7 +84,7 @@ def attention(
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], []
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):
-        out, lse = one(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], slice(b, b + 1))
+        out, lse = one(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], b)
         outs.append(out[0])
         lses.append(lse[0])
     out = torch.cat(outs)

@@ -98,7 +98,8 @@ def assert_close(spec: OpSpec, sample: Sample, what: str, kernel: Tensor, plain:
     if exact64.numel() == 0:
         return
     error, plain_error = (kernel64 - exact64).abs().max(), (plain64 - exact64).abs().max()
-    floor = (FORWARD_FLOOR if factor == FORWARD else GRADIENT_FLOOR) * torch.finfo(kernel.dtype).eps * exact64.abs().max()
+    roundings = FORWARD_FLOOR if factor == FORWARD else GRADIENT_FLOOR
+    floor = roundings * torch.finfo(kernel.dtype).eps * exact64.abs().max()
     bound = factor * _exception(spec, sample, kernel.dtype) * plain_error + floor
     assert error <= bound, (
         f"{spec.name} [{sample.label}] {what} in {kernel.dtype}: error {error:.3e} against float64, "

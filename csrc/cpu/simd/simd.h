@@ -68,7 +68,7 @@ LLMCORE_INLINE float to_float(f16 x) {
   return _cvtsh_ss(x.bits);
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, mag = x.bits & 0x7fff;
-  if (mag >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | ((mag & 0x3ff) << 13));         // inf, NaN
+  if (mag >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | ((mag & 0x3ff) << 13));           // inf, NaN
   if (mag < 0x400) return (sign ? -1.f : 1.f) * static_cast<float>(mag) * 5.9604644775390625e-8f;  // subnormal
   return bit_cast<float>(sign | ((mag << 13) + (112u << 23)));
 #endif
@@ -243,7 +243,7 @@ LLMCORE_INLINE vf rounded(vf x) {
 #endif
   return x;
 }
-LLMCORE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }     // b when either is NaN, as maxps
+LLMCORE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }  // b when either is NaN, as maxps
 LLMCORE_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 LLMCORE_INLINE vf abs(vf a) { return bit_cast<vf>(bit_cast<vu>(a) & 0x7fffffffu); }
 LLMCORE_INLINE vf copysign(vf mag, vf sign) {
@@ -371,7 +371,7 @@ template <int Half>
 LLMCORE_INLINE vu zip(vu a, vu b) {
   constexpr int h = Half * kLanes / 2;
 #if defined(__AVX512F__) || defined(LLMCORE_EMULATE_AVX512BF16)
-  const vi mask = {h, h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19,
+  const vi mask = {h,     h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19,
                    h + 4, h + 20, h + 5, h + 21, h + 6, h + 22, h + 7, h + 23};
 #elif defined(__AVX2__)
   const vi mask = {h, h + 8, h + 1, h + 9, h + 2, h + 10, h + 3, h + 11};

@@ -13,10 +13,10 @@ struct RowStrides {
 // Which scores are taken, and how they are formed. Masks are bottom-right aligned: query i of num_q stands at key
 // i + num_k - num_q.
 struct AttentionMask {
-  float scale;       // scores = q.k * scale
-  float softcap;     // then softcap * tanh(scores / softcap); 0: none
+  float scale;    // scores = q.k * scale
+  float softcap;  // then softcap * tanh(scores / softcap); 0: none
   bool causal;
-  int64_t window;    // |key - position| < window; 0: none
+  int64_t window;      // |key - position| < window; 0: none
   const float* sinks;  // (heads): one more score per row whose value is nothing; or null
   // bool (batch or 1, heads or 1, blocks_q, blocks_k), 0 strides where 1; or null
   const uint8_t* block_mask;
@@ -29,8 +29,8 @@ struct AttentionMask {
 // (block_table not null): k and v are caches, key j of sequence b is in block block_table[b][j / block_size], slot
 // j % block_size; k_strides.batch is the stride of a block; kv_lens[b] keys. Every id has been checked by the binding.
 struct AttentionShape {
-  int64_t batch, heads, kv_heads;    // kv_heads divides heads
-  int64_t head_dim, v_head_dim;      // of q and k; of v and out
+  int64_t batch, heads, kv_heads;  // kv_heads divides heads
+  int64_t head_dim, v_head_dim;    // of q and k; of v and out
   int64_t seq_q, seq_k;
   const int32_t* cu_q;  // (batch + 1) or null
   const int32_t* cu_k;

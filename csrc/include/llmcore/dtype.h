@@ -22,23 +22,22 @@ constexpr const char* name(DType t) {
 
 // LLMCORE_DISPATCH_FLOAT(p.dtype, T, kernel<T>(p, par)): T is the element type. The bindings admit no other dtype.
 // A macro, so that the instantiated code stays inside the caller's instruction-set namespace.
-#define LLMCORE_DISPATCH_FLOAT(dtype, T, ...)  \
-  switch (dtype) {                             \
-    case ::llmcore::DType::f32: {              \
-      using T = float;                         \
-      __VA_ARGS__;                             \
-      break;                                   \
-    }                                          \
-    case ::llmcore::DType::bf16: {             \
-      using T = ::llmcore::bf16;               \
-      __VA_ARGS__;                             \
-      break;                                   \
-    }                                          \
-    case ::llmcore::DType::f16: {              \
-      using T = ::llmcore::f16;                \
-      __VA_ARGS__;                             \
-      break;                                   \
-    }                                          \
-    default:                                   \
-      break;                                   \
+#define LLMCORE_DISPATCH_FLOAT(dtype, T, ...) \
+  switch (dtype) {                            \
+    case ::llmcore::DType::f32: {             \
+      using T = float;                        \
+      __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    case ::llmcore::DType::bf16: {            \
+      using T = ::llmcore::bf16;              \
+      __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    case ::llmcore::DType::f16: {             \
+      using T = ::llmcore::f16;               \
+      __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    default: break;                           \
   }

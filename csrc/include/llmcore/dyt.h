@@ -7,26 +7,26 @@ namespace llmcore {
 
 // y = tanh(alpha * x) * weight + bias. Rows are addressed by a stride in elements; the last dimension is contiguous.
 struct DytParams {
-  DType dtype;          // of x, alpha, weight, bias, y
-  int64_t rows, dim;    // dim >= 1
-  const void* x;        // (rows, dim)
+  DType dtype;        // of x, alpha, weight, bias, y
+  int64_t rows, dim;  // dim >= 1
+  const void* x;      // (rows, dim)
   int64_t x_stride;
-  const void* alpha;    // (1)
-  const void* weight;   // (dim)
-  const void* bias;     // (dim) or null
-  void* y;              // (rows, dim), contiguous
+  const void* alpha;   // (1)
+  const void* weight;  // (dim)
+  const void* bias;    // (dim) or null
+  void* y;             // (rows, dim), contiguous
 };
 
 struct DytBackwardParams {
   DType dtype;
   int64_t rows, dim;
-  const void* dy;       // (rows, dim)
+  const void* dy;  // (rows, dim)
   int64_t dy_stride;
-  const void* x;        // (rows, dim)
+  const void* x;  // (rows, dim)
   int64_t x_stride;
-  const void* alpha;    // (1)
-  const void* weight;   // (dim)
-  void* dx;             // (rows, dim), contiguous
+  const void* alpha;       // (1)
+  const void* weight;      // (dim)
+  void* dx;                // (rows, dim), contiguous
   double* dalpha_partial;  // (threads), zeroed: one partial sum per worker. It sums rows * dim products: hence double
   float* dweight_partial;  // (threads, dim), zeroed
   float* dbias_partial;    // (threads, dim), zeroed, or null when there is no bias

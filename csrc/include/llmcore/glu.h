@@ -15,23 +15,23 @@ struct GluParams {
   int64_t rows, dim;  // dim >= 1
   const void* gate;   // (rows, dim)
   int64_t gate_stride;
-  const void* up;     // (rows, dim)
+  const void* up;  // (rows, dim)
   int64_t up_stride;
-  void* y;            // (rows, dim), contiguous
+  void* y;  // (rows, dim), contiguous
 };
 
 struct GluBackwardParams {
   DType dtype;
   Activation activation;
   int64_t rows, dim;
-  const void* dy;     // (rows, dim)
+  const void* dy;  // (rows, dim)
   int64_t dy_stride;
-  const void* gate;   // (rows, dim)
+  const void* gate;  // (rows, dim)
   int64_t gate_stride;
-  const void* up;     // (rows, dim)
+  const void* up;  // (rows, dim)
   int64_t up_stride;
-  void* dgate;        // (rows, dim), contiguous
-  void* dup;          // (rows, dim), contiguous
+  void* dgate;  // (rows, dim), contiguous
+  void* dup;    // (rows, dim), contiguous
 };
 
 LLMCORE_CPU_KERNEL(glu_forward, GluParams)

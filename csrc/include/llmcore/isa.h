@@ -14,32 +14,32 @@ enum class Isa : int {
 };
 
 const char* isa_name(Isa isa);
-bool isa_runs_here(Isa isa);   // by cpuid, the operating system's register saving included
-Isa active_isa();              // the best that runs here, unless set_isa or LLMCORE_CPU_ISA said otherwise
+bool isa_runs_here(Isa isa);     // by cpuid, the operating system's register saving included
+Isa active_isa();                // the best that runs here, unless set_isa or LLMCORE_CPU_ISA said otherwise
 bool set_isa(const char* name);  // false when unknown or not runnable here
 
 }  // namespace llmcore
 
 #ifdef LLMCORE_ISA
-#define LLMCORE_CPU_KERNEL(kernel, Params)                  \
-  namespace cpu {                                           \
-  namespace LLMCORE_ISA {                                   \
-  void kernel(const Params& p, const Parallel& par);        \
-  }                                                         \
+#define LLMCORE_CPU_KERNEL(kernel, Params)           \
+  namespace cpu {                                    \
+  namespace LLMCORE_ISA {                            \
+  void kernel(const Params& p, const Parallel& par); \
+  }                                                  \
   }
 #else
-#define LLMCORE_ISA_DECLARE_(isa, kernel, Params)           \
-  namespace isa {                                           \
-  void kernel(const Params& p, const Parallel& par);        \
+#define LLMCORE_ISA_DECLARE_(isa, kernel, Params)    \
+  namespace isa {                                    \
+  void kernel(const Params& p, const Parallel& par); \
   }
-#define LLMCORE_CPU_KERNEL(kernel, Params)                                                     \
-  namespace cpu {                                                                              \
-  LLMCORE_FOR_EACH_ISA_2(LLMCORE_ISA_DECLARE_, kernel, Params)                                 \
-  inline void kernel(const Params& p, const Parallel& par) {                                   \
-    using Fn = void (*)(const Params&, const Parallel&);                                       \
-    static constexpr Fn table[] = {LLMCORE_FOR_EACH_ISA_1(LLMCORE_ISA_ENTRY_, kernel)};        \
-    table[static_cast<int>(active_isa())](p, par);                                             \
-  }                                                                                            \
+#define LLMCORE_CPU_KERNEL(kernel, Params)                                              \
+  namespace cpu {                                                                       \
+  LLMCORE_FOR_EACH_ISA_2(LLMCORE_ISA_DECLARE_, kernel, Params)                          \
+  inline void kernel(const Params& p, const Parallel& par) {                            \
+    using Fn = void (*)(const Params&, const Parallel&);                                \
+    static constexpr Fn table[] = {LLMCORE_FOR_EACH_ISA_1(LLMCORE_ISA_ENTRY_, kernel)}; \
+    table[static_cast<int>(active_isa())](p, par);                                      \
+  }                                                                                     \
   }
 #define LLMCORE_ISA_ENTRY_(isa, kernel) isa::kernel,
 #endif

@@ -8,34 +8,34 @@ namespace llmcore {
 // z = x + residual (when given); y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias, over the last dimension.
 // Rows are addressed by a stride in elements; the last dimension is contiguous.
 struct LayerNormParams {
-  DType dtype;         // of x, residual, weight, bias, y, z
-  int64_t rows, dim;   // dim >= 1
+  DType dtype;        // of x, residual, weight, bias, y, z
+  int64_t rows, dim;  // dim >= 1
   float eps;
-  const void* x;         // (rows, dim)
+  const void* x;  // (rows, dim)
   int64_t x_stride;
   const void* residual;  // (rows, dim) or null
   int64_t residual_stride;
-  const void* weight;    // (dim)
-  const void* bias;      // (dim) or null
-  void* y;               // (rows, dim), contiguous
-  void* z;               // (rows, dim), contiguous; null when there is no residual
-  float* mean;           // (rows), for the backward pass
-  float* rstd;           // (rows): 1 / sqrt(var(z) + eps), for the backward pass
+  const void* weight;  // (dim)
+  const void* bias;    // (dim) or null
+  void* y;             // (rows, dim), contiguous
+  void* z;             // (rows, dim), contiguous; null when there is no residual
+  float* mean;         // (rows), for the backward pass
+  float* rstd;         // (rows): 1 / sqrt(var(z) + eps), for the backward pass
 };
 
 struct LayerNormBackwardParams {
   DType dtype;
   int64_t rows, dim;
-  const void* dy;     // (rows, dim)
+  const void* dy;  // (rows, dim)
   int64_t dy_stride;
-  const void* dz;     // (rows, dim) gradient that reaches z from elsewhere (the residual stream), or null
+  const void* dz;  // (rows, dim) gradient that reaches z from elsewhere (the residual stream), or null
   int64_t dz_stride;
-  const void* z;      // (rows, dim): the normalised input
+  const void* z;  // (rows, dim): the normalised input
   int64_t z_stride;
-  const void* weight;  // (dim)
-  const float* mean;   // (rows)
-  const float* rstd;   // (rows)
-  void* dx;            // (rows, dim), contiguous: gradient of x, and of the residual
+  const void* weight;      // (dim)
+  const float* mean;       // (rows)
+  const float* rstd;       // (rows)
+  void* dx;                // (rows, dim), contiguous: gradient of x, and of the residual
   float* dweight_partial;  // (threads, dim), zeroed: one partial sum per worker
   float* dbias_partial;    // (threads, dim), zeroed, or null when there is no bias
 };

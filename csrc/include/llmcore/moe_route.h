@@ -16,11 +16,11 @@ struct MoeRouteParams {
   float scale;
   const void* logits;  // (tokens, num_experts)
   int64_t logits_stride;
-  const float* bias;  // (num_experts), finite, or null
-  float* weights;     // (tokens, top_k)
-  int32_t* experts;   // (tokens, top_k), best first
-  float* scores;      // (tokens, num_experts)
-  float* scratch;     // (threads, 2 * num_experts + num_groups)
+  const float* bias;   // (num_experts), finite, or null
+  float* weights;      // (tokens, top_k)
+  int32_t* experts;    // (tokens, top_k), best first
+  float* scores;       // (tokens, num_experts)
+  float* scratch;      // (threads, 2 * num_experts + num_groups)
   int64_t* bad_token;  // (threads), preset to -1: per worker, a token whose scores are not numbers
 };
 

@@ -36,7 +36,7 @@ inline void parallel_ranges(const Parallel& par, int64_t n, int64_t grain, const
   } ctx{&f, n, workers};
   par.run(workers, &ctx, [](void* c, int64_t w) {
     auto& x = *static_cast<Ctx*>(c);
-    (*x.f)(x.n * w / x.workers, x.n * (w + 1) / x.workers);
+    (*x.f)(x.n* w / x.workers, x.n * (w + 1) / x.workers);
   });
 }
 

@@ -16,7 +16,7 @@ struct RopeParams {
   bool interleaved, inverse;
   const void* x;  // (batch, seq, heads, head_dim)
   int64_t x_strides[3];
-  void* y;        // (batch, seq, heads, head_dim)
+  void* y;  // (batch, seq, heads, head_dim)
   int64_t y_strides[3];
   const float* cos;          // (max_positions, rotary_dim / 2), contiguous
   const float* sin;          // (max_positions, rotary_dim / 2), contiguous
