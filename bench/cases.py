@@ -56,7 +56,7 @@ class Case:
                 assert error <= AGREE[self.dtype], f"{self.name}: {name}'s tensor {i} is off by {error:.1e}"
 
     def work(self) -> tuple[str, float]:
-        """("flop" or "byte", how many in one call); backward counts 2.5 forwards of flops for attention, 2 otherwise."""
+        """("flop" or "byte", how many in one call); a backward pass counts 2.5 forward passes for attention, else 2."""
         if self.spec.flops:
             backward = 2.5 if self.spec.name == "attention" else 2.0
             return "flop", self.spec.flops(self.sample) * (1 + backward * (self.direction != "forward"))

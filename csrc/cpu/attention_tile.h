@@ -250,7 +250,7 @@ inline void load_row(const void* row, DType dtype, int64_t dim, int64_t steps, t
   if constexpr (Product::kStep == 1) {
     row_to_float(row, dtype, dim, steps, 1.f, out);
   } else {
-    out[steps - 1] = 0;
+    for (int64_t s = dim / 2; s < steps; ++s) out[s] = 0;  // an odd dim leaves half an element
     __builtin_memcpy(out, row, dim * sizeof(bf16));
   }
 }

@@ -10,6 +10,9 @@
 #include "scratch.h"
 #include "simd/simd.h"
 
+// Out of line: a dozen copies of the inner loop at every call would only cost compile time.
+#define LLMCORE_NOINLINE inline __attribute__((noinline))
+
 namespace llmcore {
 namespace cpu {
 namespace LLMCORE_ISA {
@@ -73,7 +76,7 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
 // `rows` <= kTileRows. Rows = true: a is row-major (a_row is the row stride, steps are adjacent); false: a is column-
 // major (a_step is the stride of a step, rows are adjacent).
 template <class Product, bool RowMajor>
-inline void micro(int rows, int64_t steps, const typename Product::Elem* a, int64_t a_stride,
+LLMCORE_NOINLINE void micro(int rows, int64_t steps, const typename Product::Elem* a, int64_t a_stride,
                   const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
   const int64_t a_row = RowMajor ? a_stride : 1, a_step = RowMajor ? 1 : a_stride;
 #define LLMCORE_ROWS(R)                                                                           \
@@ -227,7 +230,7 @@ struct GemmScratch {
 };
 
 template <class T>
-inline void gemm_pack_a(float* out, int64_t m, int64_t k, Matrix<T> a) {  // tiles of (k, kTileRows)
+LLMCORE_NOINLINE void gemm_pack_a(float* out, int64_t m, int64_t k, Matrix<T> a) {  // tiles of (k, kTileRows)
   for (int64_t i = 0; i < m; i += kTileRows) {
     const int64_t rows = m - i < kTileRows ? m - i : kTileRows;
     float* to = out + i * k;
@@ -249,7 +252,7 @@ inline void gemm_pack_a(float* out, int64_t m, int64_t k, Matrix<T> a) {  // til
 }
 
 template <class T>
-inline void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b) {
+LLMCORE_NOINLINE void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b) {
   if (b.col_stride == 1) {
     pack_rows<T>(out, n, k, [&](int64_t s) { return b.data + s * b.row_stride; });
   } else if (b.row_stride == 1) {
@@ -266,7 +269,7 @@ inline void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b) {
 
 // c (m, n) = a (m, k) * b (k, n), or c += when `accumulate`; c is float, row-major with c_stride. Single-threaded.
 template <class TA, class TB>
-inline void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, float* c, int64_t c_stride,
+LLMCORE_NOINLINE void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, float* c, int64_t c_stride,
                  bool accumulate, GemmScratch& scratch) {
   if (k == 0 && !accumulate)
     for (int64_t i = 0; i < m; ++i)

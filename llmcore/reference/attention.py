@@ -22,8 +22,11 @@ def _visible(num_q: int, num_k: int, causal: bool, window: int | None, device) -
 
 def _attend(q, k, v, seen, scale, softcap, sinks) -> tuple[Tensor, Tensor]:
     """q (batch, num_q, heads, dim); k, v (batch, num_k, kv_heads, dim); seen broadcasts to (batch, heads, num_q,
-    num_k). Returns out (batch, num_q, heads, v_dim) and lse (batch, heads, num_q). Scores and sums are in float32 (float64 for
-    float64 inputs); the probabilities are rounded to v's dtype before they meet v, as a tensor core takes them."""
+    num_k). Returns out (batch, num_q, heads, v_dim) and lse (batch, heads, num_q).
+
+    Scores and sums are in float32 (float64 for float64 inputs); the probabilities are rounded to v's dtype before they
+    meet v, as a tensor core takes them.
+    """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[2] // k.shape[2]
     k = k.to(wide).repeat_interleave(group, dim=2)
