@@ -77,7 +77,7 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
 // major (a_step is the stride of a step, rows are adjacent).
 template <class Product, bool RowMajor>
 LLMCORE_NOINLINE void micro(int rows, int64_t steps, const typename Product::Elem* a, int64_t a_stride,
-                  const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
+                            const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
   const int64_t a_row = RowMajor ? a_stride : 1, a_step = RowMajor ? 1 : a_stride;
 #define LLMCORE_ROWS(R)                                                                           \
   case R:                                                                                         \
@@ -270,7 +270,7 @@ LLMCORE_NOINLINE void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b)
 // c (m, n) = a (m, k) * b (k, n), or c += when `accumulate`; c is float, row-major with c_stride. Single-threaded.
 template <class TA, class TB>
 LLMCORE_NOINLINE void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, float* c, int64_t c_stride,
-                 bool accumulate, GemmScratch& scratch) {
+                           bool accumulate, GemmScratch& scratch) {
   if (k == 0 && !accumulate)
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) c[i * c_stride + j] = 0.f;

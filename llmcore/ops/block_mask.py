@@ -70,19 +70,20 @@ class BlockMask:
         rows, cols, _ = cls._grid(num_q, num_k, block_q, block_k)
         return cls(((cols % stride == stride - 1) & (rows >= 0))[None, None], block_q, block_k)
 
-    def _combine(self, other: BlockMask, mask: Tensor) -> BlockMask:
+    def _check_blocks(self, other: BlockMask) -> None:
         if (self.block_q, self.block_k) != (other.block_q, other.block_k):
             raise ValueError(
                 f"BlockMask: blocks of {self.block_q}x{self.block_k} cannot be combined with blocks of "
                 f"{other.block_q}x{other.block_k}"
             )
-        return BlockMask(mask, self.block_q, self.block_k)
 
     def __or__(self, other: BlockMask) -> BlockMask:
-        return self._combine(other, self.mask | other.mask)
+        self._check_blocks(other)
+        return BlockMask(self.mask | other.mask, self.block_q, self.block_k)
 
     def __and__(self, other: BlockMask) -> BlockMask:
-        return self._combine(other, self.mask & other.mask)
+        self._check_blocks(other)
+        return BlockMask(self.mask & other.mask, self.block_q, self.block_k)
 
     def dense(self, num_q: int, num_k: int) -> Tensor:
         """bool (batch or 1, heads or 1, num_q, num_k): the mask per element."""

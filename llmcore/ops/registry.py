@@ -120,6 +120,9 @@ def use_kernel(name: str, x: Tensor) -> bool:
     key = (name, x.device.type, x.dtype)
     served = _decisions.get(key)
     if served is None:
+        if x.dtype not in (*FLOATS, torch.float64):
+            accepted = ", ".join(map(_short, (*FLOATS, torch.float64)))
+            raise TypeError(f"{name}: the input has dtype {_short(x.dtype)}; accepted: {accepted}")
         refusal = _kernel_refusal(*key)
         if refusal and x.dtype != torch.float64 and _override == "auto":
             warnings.warn(f"{refusal}; using the reference", BackendFallbackWarning, stacklevel=3)

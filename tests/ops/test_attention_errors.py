@@ -1,0 +1,156 @@
+"""What attention and paged attention say to bad input: the value and what would be accepted, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcore import ops
+from llmcore.ops import BlockMask
+
+
+def qkv(batch=2, seq=6, heads=4, kv_heads=2, dim=8, dtype=torch.float32):
+    return (
+        torch.randn(batch, seq, heads, dim, dtype=dtype),
+        torch.randn(batch, seq, kv_heads, dim, dtype=dtype),
+        torch.randn(batch, seq, kv_heads, dim, dtype=dtype),
+    )
+
+
+def cu(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: dict(q=q[0], k=k, v=v), r"q has shape \(6, 4, 8\); expected \(batch, seq, heads, head_dim\)"),
+        (lambda q, k, v: dict(q=q[:, :, :3], k=k, v=v), "q has 3 heads and k has 2; the heads of q must be a multiple"),
+        (lambda q, k, v: dict(q=q, k=k[..., :7], v=v), "k has head size 7, but q has 8"),
+        (lambda q, k, v: dict(q=q, k=k, v=v[:, :5]), "k has 6 keys, but v has 5"),
+        (lambda q, k, v: dict(q=q, k=k, v=v[:, :, :1]), "v has 1 heads, but k has 2"),
+        (lambda q, k, v: dict(q=q, k=k.bfloat16(), v=v), "k has dtype bfloat16, but q has float32"),
+        (lambda q, k, v: dict(q=q, k=k[:1], v=v), "batch sizes 2, 1, 2; they must be equal"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, scale=float("nan")), "scale is nan; it must be finite"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, softcap=float("inf")), "softcap is inf"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, sinks=torch.zeros(3)), r"sinks has shape \(3,\); expected \(4\)"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, cu_seqlens_k=cu(0, 6)), "cu_seqlens_k is given without cu_seqlens_q"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, block_mask=BlockMask.local(64, 64, 0, block_q=5, block_k=2)), None),
+        (
+            lambda q, k, v: dict(q=q, k=k, v=v, block_mask=BlockMask(torch.ones(1, 1, 1, 2, dtype=torch.bool), 6, 2)),
+            "block_mask has shape .* it must cover batch 2 .* 6 queries and 6 keys",
+        ),
+        (lambda q, k, v: dict(q=q[0], k=k[0], v=v[0], cu_seqlens_q=cu(0, 4)), "cu_seqlens_q ends with 4, but q has 6"),
+        (lambda q, k, v: dict(q=q[0], k=k[0], v=v[0], cu_seqlens_q=cu(1, 6)), r"cu_seqlens_q\[0\] is 1"),
+        (lambda q, k, v: dict(q=q[0], k=k[0], v=v[0], cu_seqlens_q=cu(0, 7, 6)), r"cu_seqlens_q\[2\] is 6, below 7"),
+        (
+            lambda q, k, v: dict(q=q[0], k=k[0], v=v[0], cu_seqlens_q=cu(0, 6).long()),
+            "cu_seqlens_q has dtype int64; expected int32",
+        ),
+        (
+            lambda q, k, v: dict(q=q[0], k=k[0], v=v[0], cu_seqlens_q=cu(0, 6), cu_seqlens_k=cu(0, 2, 6)),
+            "cu_seqlens_k describes 2 sequences, but cu_seqlens_q 1",
+        ),
+    ],
+)  # fmt: skip
+def test_attention(change, message):
+    call = change(*qkv())
+    if message is None:  # a mask larger than the call is fine
+        assert ops.attention(**call).isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match=f"attention: .*{message}"):
+        ops.attention(**call)
+
+
+def test_dtype_that_no_backend_serves():
+    with pytest.raises(TypeError, match="attention: the input has dtype int32; accepted: float32, bfloat16"):
+        ops.attention(*(t.int() for t in qkv()))
+    with pytest.raises(RuntimeError, match="attention: q has dtype float64; accepted: float32, bfloat16, float16"):
+        torch.ops.llmcore.attention(*(t.double() for t in qkv()), *[None] * 4, False, 0, 1.0, 0.0, 0, 0, False)
+
+
+@pytest.mark.parametrize("option", [{"window": 0}, {"window": -3}, {"softcap": 0.0}, {"softcap": -1.0}])
+def test_options_without_meaning(option):
+    (name, value), *_ = option.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        ops.attention(*qkv(), **option)
+
+
+def paged(**change):
+    call = {
+        "q": torch.randn(2, 4, 8),
+        "k_cache": torch.randn(5, 4, 2, 8),
+        "v_cache": torch.randn(5, 4, 2, 8),
+        "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        "kv_lens": torch.tensor([8, 5], dtype=torch.int32),
+    }
+    call.update(change)
+    return ops.paged_attention(**call)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_table": torch.tensor([[0, 9], [2, 3]]).int()}, r"block_table\[0\]\[1\] is 9, outside the cache of 5"),
+        (
+            {"block_table": torch.tensor([[0, 1], [-1, 3]]).int()},
+            r"block_table\[1\]\[0\] is -1, outside the cache of 5",
+        ),
+        ({"block_table": torch.tensor([[0, 1], [2, 3]])}, "block_table has dtype int64; expected int32"),
+        ({"kv_lens": torch.tensor([9, 5]).int()}, r"kv_lens\[0\] is 9; it must be between 0 and the 8 tokens"),
+        ({"kv_lens": torch.tensor([-1, 5]).int()}, r"kv_lens\[0\] is -1"),
+        ({"kv_lens": torch.tensor([8]).int()}, r"kv_lens has shape \(1,\); expected \(2\)"),
+        ({"q": torch.randn(3, 4, 8)}, r"q has shape \(3, 4, 8\), but block_table has 2 sequences"),
+        ({"q": torch.randn(2, 3, 8)}, "q has 3 heads and k has 2"),
+        ({"v_cache": torch.randn(5, 3, 2, 8)}, "blocks must agree"),
+        ({"v_cache": torch.randn(5, 4, 2, 8).half()}, "v_cache has dtype float16, but k_cache has float32"),
+        ({"cu_seqlens_q": cu(0, 1, 5)}, "cu_seqlens_q ends with 5, but q has 2 rows"),
+        ({"k_scale": torch.ones(5, 4, 2)}, "k_scale and v_scale go with int8 caches"),
+        (
+            {
+                "k_cache": torch.zeros(5, 4, 2, 8, dtype=torch.int8),
+                "v_cache": torch.zeros(5, 4, 2, 8, dtype=torch.int8),
+            },
+            "k_scale and v_scale go with int8 caches .* the caches are int8",
+        ),
+    ],
+)
+def test_paged_attention(change, message):
+    with pytest.raises(RuntimeError, match=f"paged_attention: .*{message}"):
+        paged(**change)
+
+
+def test_non_finite_values_reach_the_output():
+    """A NaN is not silently masked away: it shows in the rows that see it, and only there."""
+    q, k, v = qkv(batch=1)
+    k[0, 4, 0, 0] = float("nan")
+    out = ops.attention(q, k, v, causal=True)
+    assert out[0, :4].isfinite().all()
+    assert out[0, 4:, :2].isnan().all()  # the heads of KV head 0
+    assert out[0, :, 2:].isfinite().all()
+
+
+def test_block_mask_patterns():
+    local = BlockMask.local(256, 256, 1)
+    assert local.mask[0, 0].tolist() == [[abs(i - j) <= 1 for j in range(4)] for i in range(4)]
+    assert BlockMask.global_(256, 256, 1).mask[0, 0].tolist() == [
+        [i == 0 or j == 0 for j in range(4)] for i in range(4)
+    ]
+    assert BlockMask.strided(256, 256, 2).mask[0, 0].tolist() == [[j % 2 == 1 for j in range(4)]] * 4
+    both = local & BlockMask.strided(256, 256, 2)
+    assert both.mask[0, 0].sum() == 5
+    assert (local | BlockMask.strided(256, 256, 2)).mask.sum() == 10 + 8 - 5
+    # fewer queries than keys: the last query block stands at the last key block
+    assert BlockMask.local(64, 256, 0).mask[0, 0].tolist() == [[False, False, False, True]]
+    with pytest.raises(ValueError, match="64x64 cannot be combined with blocks of 64x32"):
+        _ = local | BlockMask.local(256, 256, 1, block_k=32)
+    with pytest.raises(ValueError, match=r"mask is torch\.float32"):
+        BlockMask(torch.ones(1, 1, 2, 2))
+
+
+def test_offsets_beyond_two_gigabytes():
+    """A view whose last rows lie more than 2^31 elements into its parent (the pages in between are never touched)."""
+    parent = torch.empty(3, 1 << 30, dtype=torch.bfloat16)
+    rows = parent[:, :16].unflatten(1, (2, 8))[None]  # (1, 3, 2, 8), row stride 2^30
+    rows.copy_(torch.randn(1, 3, 2, 8))
+    assert torch.equal(ops.attention(rows, rows, rows), ops.attention(*[rows.contiguous()] * 3))

@@ -1,0 +1,60 @@
+"""Choosing and explaining backends; the torch version check; instruction sets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import llmcore
+from llmcore import ops
+from llmcore.ops.registry import _decisions
+
+
+def test_backend_override_and_explanation():
+    x = torch.randn(2, 8)
+    assert "kernel on cpu in float32" in llmcore.explain("rms_norm", x)
+    assert "reference, because the cpu kernel of rms_norm serves float32" in llmcore.explain("rms_norm", x.double())
+    with llmcore.backend("reference"):
+        assert "reference, because of llmcore.backend" in llmcore.explain("rms_norm", x)
+    with pytest.raises(ValueError, match="no op is called 'rms'; ops: attention"):
+        llmcore.explain("rms", x)
+    with (
+        pytest.raises(ValueError, match="backend 'fast': expected one of auto, kernel, reference"),
+        llmcore.backend("fast"),
+    ):
+        pass
+
+
+def test_kernel_backend_refuses_what_no_kernel_serves():
+    with llmcore.backend("kernel"), pytest.raises(RuntimeError, match="not float64"):
+        ops.rms_norm(torch.randn(2, 8).double(), torch.ones(8).double())
+
+
+def test_falling_back_is_not_silent():
+    _decisions.pop(("rms_norm", "meta", torch.float32), None)
+    with pytest.warns(ops.BackendFallbackWarning, match="no meta kernel of rms_norm"):
+        ops.rms_norm(torch.randn(2, 8, device="meta"), torch.ones(8, device="meta"))
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.14.0", "3.0.0+cpu", "1.13.1"])
+def test_unsupported_torch_is_one_clear_sentence(version):
+    with pytest.raises(
+        ImportError, match=f"torch >= 2.10 and < 2.14, but torch {version.replace('+', '.')} is installed"
+    ):
+        llmcore._check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.12.1a0+git123"])
+def test_supported_torch(version):
+    llmcore._check_torch(version)
+
+
+def test_instruction_set_from_the_environment():
+    code = "import llmcore; print(llmcore.build_info()['active_cpu_isa'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={"LLMCORE_CPU_ISA": "portable", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    assert run.stdout.strip() == "portable"
+    assert not llmcore._C.set_cpu_isa("avx9000")
