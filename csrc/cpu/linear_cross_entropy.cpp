@@ -10,8 +10,6 @@
 // the second computation of the logits (as in Liger Kernel, arXiv 2410.10989), at the price of one chunk's logits.
 #include "llmcore/linear_cross_entropy.h"
 
-#include <type_traits>
-
 #include "gemm_workers.h"
 
 namespace llmcore {
@@ -29,10 +27,6 @@ constexpr int64_t kDimBlock = kBlockN;                // columns of a task of st
 
 LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 LLMCORE_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
-
-// What the gradient of the logits is multiplied in: bf16 where that is worth it, else float.
-template <class T>
-using GradientOf = std::conditional_t<kHasBf16Dot && std::is_same_v<T, bf16>, bf16, float>;
 
 // One chunk of tokens.
 template <class T>
@@ -123,9 +117,7 @@ void losses(const LinearCrossEntropyParams& p, const Chunk<T>& chunk, int64_t vo
   });
 }
 
-// Turns a row of logits into its gradient, in place: a narrower G takes the front of the row. The row starts at word
-// `first`.
-template <class G>
+// Turns a row of logits into its gradient, in place. The row starts at word `first`.
 void differentiate(const LinearCrossEntropyParams& p, float* logits, int64_t first, int64_t n, int64_t token) {
   const float lse = p.lse[token], dloss = p.dloss ? p.dloss[token] : p.dloss_of_all;
   const float of_lse = dloss * (1.f + 2.f * p.z_loss * lse);
@@ -139,17 +131,14 @@ void differentiate(const LinearCrossEntropyParams& p, float* logits, int64_t fir
   const int64_t target = p.targets[token] - first;
   const bool holds_target = target >= 0 && target < n;
   const float at_target = holds_target ? gradient(set1(logits[target]), set1(of_mean + of_target))[0] : 0.f;
-  G* out = reinterpret_cast<G*>(logits);
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) store(out + j, gradient(load(logits + j), set1(of_mean)));
-  if (j < n) store_n(out + j, gradient(load_n(logits + j, n - j), set1(of_mean)), n - j);
-  if (holds_target) out[target] = from_float<G>(at_target);
+  for (; j + kLanes <= n; j += kLanes) store(logits + j, gradient(load(logits + j), set1(of_mean)));
+  if (j < n) store_n(logits + j, gradient(load_n(logits + j, n - j), set1(of_mean)), n - j);
+  if (holds_target) logits[target] = at_target;
 }
 
 template <class T>
 void run(const LinearCrossEntropyParams& p, const Parallel& par) {
-  using G = GradientOf<T>;
-  constexpr int64_t kGradStride = kTileStride * sizeof(float) / sizeof(G);
   const T* weight = static_cast<const T*>(p.weight);
   const bool gradients = p.dhidden || p.dweight;
   // Small vocabularies are cut finer, so that there is work for every thread.
@@ -187,11 +176,10 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
     parallel_tasks(par, vocab_blocks, [&](int64_t block, int64_t worker) {
       const int64_t word = block * vocab_block, words = at_most(p.vocab - word, vocab_block);
       float* tile = chunk.tiles + block * chunk.size * kTileStride;
-      for (int64_t i = 0; i < chunk.size; ++i)
-        differentiate<G>(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
+      for (int64_t i = 0; i < chunk.size; ++i) differentiate(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
       if (p.dweight)
-        gemm(words, p.dim, chunk.size, Matrix<G>{reinterpret_cast<const G*>(tile), 1, kGradStride}, chunk.hidden,
-             dweight + word * p.dim, p.dim, begin > 0, workers.packing(worker));
+        gemm(words, p.dim, chunk.size, Matrix<float>{tile, 1, kTileStride}, chunk.hidden, dweight + word * p.dim, p.dim,
+             begin > 0, workers.packing(worker));
     });
     if (!p.dhidden) continue;
     const int64_t dim_blocks = blocks(p.dim, kDimBlock);
@@ -202,7 +190,7 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
       for (int64_t block = 0; block < vocab_blocks; ++block) {
         const float* tile = chunk.tiles + (block * chunk.size + first) * kTileStride;
         gemm(rows_here, columns, at_most(p.vocab - block * vocab_block, vocab_block),
-             Matrix<G>{reinterpret_cast<const G*>(tile), kGradStride, 1},
+             Matrix<float>{tile, kTileStride, 1},
              Matrix<T>{weight + block * vocab_block * p.weight_stride + column, p.weight_stride, 1}, sum, columns,
              block > 0, workers.packing(worker));
       }

@@ -76,7 +76,7 @@ struct AttentionBackwardParams {
   float* dsinks;  // (batch, heads), zeroed, or null
 };
 
-LLMCORE_CPU_KERNEL(attention_forward, AttentionParams)
-LLMCORE_CPU_KERNEL(attention_backward, AttentionBackwardParams)
+LLMCORE_CPU_KERNEL_BF16(attention_forward, AttentionParams)
+LLMCORE_CPU_KERNEL_BF16(attention_backward, AttentionBackwardParams)
 
 }  // namespace llmcore

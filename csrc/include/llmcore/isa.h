@@ -20,6 +20,8 @@ bool set_isa(const char* name);  // false when unknown or not runnable here
 
 }  // namespace llmcore
 
+// Declares a kernel's versions and, for callers, the function that picks one: LLMCORE_CPU_KERNEL for most kernels,
+// LLMCORE_CPU_KERNEL_BF16 for those with code of their own for AVX-512 BF16 (bf16_sources in CMakeLists.txt).
 #ifdef LLMCORE_ISA
 #define LLMCORE_CPU_KERNEL(kernel, Params)           \
   namespace cpu {                                    \
@@ -27,19 +29,22 @@ bool set_isa(const char* name);  // false when unknown or not runnable here
   void kernel(const Params& p, const Parallel& par); \
   }                                                  \
   }
+#define LLMCORE_CPU_KERNEL_BF16 LLMCORE_CPU_KERNEL
 #else
 #define LLMCORE_ISA_DECLARE_(isa, kernel, Params)    \
   namespace isa {                                    \
   void kernel(const Params& p, const Parallel& par); \
   }
-#define LLMCORE_CPU_KERNEL(kernel, Params)                                              \
-  namespace cpu {                                                                       \
-  LLMCORE_FOR_EACH_ISA_2(LLMCORE_ISA_DECLARE_, kernel, Params)                          \
-  inline void kernel(const Params& p, const Parallel& par) {                            \
-    using Fn = void (*)(const Params&, const Parallel&);                                \
-    static constexpr Fn table[] = {LLMCORE_FOR_EACH_ISA_1(LLMCORE_ISA_ENTRY_, kernel)}; \
-    table[static_cast<int>(active_isa())](p, par);                                      \
-  }                                                                                     \
-  }
 #define LLMCORE_ISA_ENTRY_(isa, kernel) isa::kernel,
+#define LLMCORE_CPU_KERNEL_(kernel, Params, ENTRIES)                     \
+  namespace cpu {                                                        \
+  LLMCORE_ISA_DECLARATIONS(LLMCORE_ISA_DECLARE_, kernel, Params)         \
+  inline void kernel(const Params& p, const Parallel& par) {             \
+    using Fn = void (*)(const Params&, const Parallel&);                 \
+    static constexpr Fn table[] = {ENTRIES(LLMCORE_ISA_ENTRY_, kernel)}; \
+    table[static_cast<int>(active_isa())](p, par);                       \
+  }                                                                      \
+  }
+#define LLMCORE_CPU_KERNEL(kernel, Params) LLMCORE_CPU_KERNEL_(kernel, Params, LLMCORE_ISA_PLAIN_ENTRIES)
+#define LLMCORE_CPU_KERNEL_BF16(kernel, Params) LLMCORE_CPU_KERNEL_(kernel, Params, LLMCORE_ISA_BF16_ENTRIES)
 #endif
