@@ -83,6 +83,10 @@ class CMakeBuild(build_ext):
             f"-DLLMCORE_SANITIZE={os.environ.get('LLMCORE_SANITIZE', '')}",
             f"-DLLMCORE_OUTPUT_DIR={target.parent}",
             f"-DLLMCORE_OUTPUT_NAME={target.name}",
+            # options a build folder would otherwise remember from an earlier run
+            "-DLLMCORE_WERROR=OFF",
+            "-DLLMCORE_EMULATE_AVX512=OFF",
+            "-DLLMCORE_ISAS=",
             *shlex.split(os.environ.get("LLMCORE_CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
