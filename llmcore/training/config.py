@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from llmcore.models import PRESETS, ModelConfig
+from llmcore.tokenizers.train import KINDS
 from llmcore.training.loop import TrainConfig
 from llmcore.training.optim import OptimConfig
 from llmcore.training.schedules import ScheduleConfig
@@ -38,6 +39,10 @@ class TokenizerConfig:
     kind: str = "bpe"  # bpe | unigram | word | byte
     vocab_size: int = 4096  # not used for byte
     path: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"tokenizer.kind is {self.kind!r}{nearest(self.kind, KINDS)}")
 
 
 @dataclass(frozen=True)

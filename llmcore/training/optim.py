@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw  # the function: the class loads torch._dynamo, which takes seconds
 
 # Tables with one row per token id or position: a row is looked up (or matched) on its own, so the matrix is no linear
 # map between features and Muon's orthogonal update has no meaning for it.
@@ -78,9 +79,12 @@ def newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
     if tall:  # iterate on the smaller Gram matrix
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape)
     return (x.mT if tall else x).to(gradient.dtype)
 
 
@@ -114,23 +118,17 @@ class Optimizer:
         }
         groups = parameter_groups(self.parameters.items(), config.kind)
         self.muon = {n: torch.zeros_like(self.masters[n], requires_grad=False) for n in groups["muon"]}
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [self.masters[n] for n in groups["adamw_decay"]], "weight_decay": config.weight_decay},
-                {"params": [self.masters[n] for n in groups["adamw_no_decay"]], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=tuple(config.betas),
-            eps=config.eps,
-            fused=True,
-        )
-        for group in self.adamw.param_groups:  # the moments exist from the start, so they can be saved and loaded
-            for master in group["params"]:
-                self.adamw.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                    "exp_avg": torch.zeros_like(master, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-                }
+        self.adamw = {config.weight_decay: groups["adamw_decay"]}
+        self.adamw.setdefault(0.0, []).extend(groups["adamw_no_decay"])
+        self.moments = {
+            n: {
+                "step": torch.zeros((), dtype=torch.float32, device=self.masters[n].device),
+                "exp_avg": torch.zeros_like(self.masters[n], requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(self.masters[n], requires_grad=False),
+            }
+            for names in self.adamw.values()
+            for n in names
+        }
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -169,9 +167,8 @@ class Optimizer:
         clip = self.config.grad_clip
         if clip and gradient_norm > clip:
             torch._foreach_mul_(self._gradients(), clip / gradient_norm)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
+        for decay, names in self.adamw.items():
+            self._adamw_update([n for n in names if self.masters[n].grad is not None], lr, decay)
         for name, buffer in self.muon.items():
             master = self.masters[name]
             if master.grad is not None:
@@ -180,6 +177,27 @@ class Optimizer:
             if master is not self.parameters[name]:
                 self.parameters[name].copy_(master)
         self.zero_grad()
+
+    def _adamw_update(self, names: list[str], lr: float, decay: float) -> None:
+        if not names:
+            return
+        masters, moments = [self.masters[n] for n in names], [self.moments[n] for n in names]
+        adamw(
+            masters,
+            [m.grad for m in masters],
+            [m["exp_avg"] for m in moments],
+            [m["exp_avg_sq"] for m in moments],
+            [],
+            [m["step"] for m in moments],
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.betas[0],
+            beta2=self.config.betas[1],
+            lr=lr,
+            weight_decay=decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
 
     def zero_grad(self) -> None:
         for name, master in self.masters.items():
@@ -192,8 +210,7 @@ class Optimizer:
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 tensors[f"master.{name}"] = master.detach()
-            for key, value in self.adamw.state[master].items() if name not in self.muon else ():
-                tensors[f"{key}.{name}"] = value
+            tensors.update({f"{key}.{name}": value for key, value in self.moments.get(name, {}).items()})
         tensors.update({f"muon.{name}": buffer for name, buffer in self.muon.items()})
         return tensors
 

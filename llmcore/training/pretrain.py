@@ -11,16 +11,15 @@ runs/<name>-<timestamp>/
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from llmcore.checkpoints import CheckpointError, copy_tensors, find_latest, load_checkpoint, model_tensors, resolve
+from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
 from llmcore.inference import generate
-from llmcore.models import ModelConfig, Transformer
+from llmcore.models import Transformer
 from llmcore.tokenizers import Tokenizer
 from llmcore.training.config import Recipe, to_toml
 from llmcore.training.corpus import build_corpus, read_source, token_bytes
@@ -54,14 +53,25 @@ def pretrain(
     elif not resume:
         for source in recipe.data.sources:
             read_source(source)  # a path that isn't there is an error before there is a folder
+    checkpoints = run_dir / "checkpoints"
+    latest = find_latest(checkpoints) if resume else None
+    if resume and latest is None and list_checkpoints(checkpoints):
+        raise CheckpointError(
+            f"{checkpoints} holds no checkpoint that is whole; move the damaged ones away to resume from the first step"
+        )
+    new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
     seed_everything(recipe.train.seed)
-    corpus = build_corpus(recipe.data, recipe.tokenizer, run_dir, seed=recipe.train.seed, say=say)
+    try:
+        corpus = build_corpus(recipe.data, recipe.tokenizer, run_dir, seed=recipe.train.seed, say=say)
+    except ValueError:  # a corpus of no use: there is nothing to resume
+        if new:
+            shutil.rmtree(run_dir)
+        raise
     model = Transformer(recipe.model_config(corpus.tokenizer.vocab_size))
     tokens = sum(s.num_tokens for s in corpus.train_sets.values())
     say(f"model of {model.num_parameters():,} parameters; corpus of {tokens:,} training tokens; run folder {run_dir}")
-    latest = find_latest(run_dir / "checkpoints") if resume else None
     if resume:
         say(f"resuming from {latest}" if latest else "no whole checkpoint there yet: starting from the first step")
     trainer = Trainer(
@@ -100,25 +110,3 @@ def sample(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> list[tup
         stop_ids=[i for i in [tokenizer.eos_id] if i is not None],
     )
     return [(p, tokenizer.decode(new, skip_special_tokens=True)) for p, new in zip(prompts, continued)]
-
-
-def load_model(path: str | Path) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a run folder or a checkpoint in one, in the dtype it was trained in, ready to run.
-
-    Raises ``CheckpointError`` when there is no whole checkpoint or no tokenizer.
-    """
-    folder = resolve(path)
-    checkpoint = load_checkpoint(folder, optimizer=False)
-    try:
-        model = Transformer(ModelConfig.from_dict(checkpoint.config))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    for name, parameter in model.named_parameters():
-        saved = checkpoint.model.get(name)
-        if saved is not None and saved.dtype in (torch.bfloat16, torch.float16, torch.float32):
-            parameter.data = parameter.data.to(saved.dtype)
-    copy_tensors(model_tensors(model), checkpoint.model, folder / "model.safetensors")
-    for place in (folder, folder.parent.parent):
-        if (place / "tokenizer" / "tokenizer.json").is_file():
-            return model.eval(), Tokenizer.load(place / "tokenizer")
-    raise CheckpointError(f"{folder}: no tokenizer/tokenizer.json beside it or in its run folder")

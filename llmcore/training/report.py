@@ -53,9 +53,10 @@ def write_report(
         ("tokenizer", f"{_cell(tokenizer)}, {corpus.tokenizer.vocab_size:,} tokens"),
         (
             "model",
-            f"{recipe.model.get('preset', 'llama')}, {model.num_parameters():,} parameters "
-            f"({model.num_parameters(active=True):,} active): {c.num_layers} layers of {c.dim}, {heads}"
-            + (f", {moe.num_experts} experts of which {moe.top_k}" if moe else ""),
+            f"{recipe.model.get('preset', 'llama')}, {model.num_parameters():,} parameters"
+            + (f" ({model.num_parameters(active=True):,} active)" if moe else "")
+            + f": {c.num_layers} layers of {c.dim}, {heads}"
+            + (f", {moe.num_experts} experts of which each token takes {moe.top_k}" if moe else ""),
         ),
         ("compute", f"{str(trainer.dtype).removeprefix('torch.')} on {trainer.device}"),
         ("optimizer", f"{recipe.optim.kind}, peak learning rate {recipe.optim.lr:g}, {recipe.schedule.kind} schedule"),

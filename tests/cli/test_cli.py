@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,8 +112,7 @@ def test_generate_from_run_and_from_checkpoint(run, capsys):
 
 def test_generate_streams_what_decode_gives(run, capsys):
     """Pieces printed token by token, multi-byte characters included, add up to the decoded whole."""
-    from llmcore.inference import generate
-    from llmcore.training.pretrain import load_model
+    from llmcore.inference import generate, load_model
 
     out, _ = run
     model, tokenizer = load_model(out)
@@ -138,6 +139,23 @@ def test_a_run_is_not_overwritten(run, folder, capsys):
     assert "already holds a run" in error_of(capsys, "quickstart", "--data", str(folder), "--out", str(out), *SMALL)
 
 
+def test_a_run_of_damaged_checkpoints_is_not_begun_again(run, capsys, tmp_path):
+    """Resume falls back on the last whole checkpoint, and never trains over damaged ones from the first step."""
+    damaged = tmp_path / "run"
+    shutil.copytree(run[0], damaged)
+    newest, older = sorted((damaged / "checkpoints").glob("step-*"), reverse=True)
+    (newest / "model.safetensors").write_bytes(b"cut short")
+    assert cli.main(["pretrain", "--resume", str(damaged)]) == 0
+    shown = capsys.readouterr().err
+    assert f"resuming from {older}" in shown
+    assert "checkpoint passed over" in shown
+    for folder in (newest, older):
+        (folder / "state.json").unlink()
+    error = error_of(capsys, "pretrain", "--resume", str(damaged))
+    assert "holds no checkpoint that is whole" in error
+    assert newest.is_dir()
+
+
 def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
     assert "did you mean 'steps'" in error_of(capsys, "pretrain", "llama-tiny.toml", "--set", "train.step=3")
     assert "shipped are" in error_of(capsys, "pretrain", "no.toml")
@@ -148,6 +166,15 @@ def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
         capsys, "quickstart", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "r"), *SMALL
     )
     assert not (tmp_path / "r").exists()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "a.txt").write_bytes(random.Random(0).randbytes(1000))
+    assert "holds no documents (1 skipped: 1 invalid UTF-8" in error_of(
+        capsys, "quickstart", "--data", str(tmp_path / "binary"), "--out", str(tmp_path / "r"), *SMALL
+    )
+    assert not (tmp_path / "r").exists()
+    assert "tokenizer.kind is 'bep'; did you mean 'bpe'?" in error_of(
+        capsys, "quickstart", "--data", str(folder), "--set", "tokenizer.kind=bep"
+    )
     assert "invalid choice" in error_of(capsys, "tokenizer", "train", "x", "--kind", "abc", "--out", "y")
     assert "too small" in error_of(
         capsys, "tokenizer", "train", str(folder), "--vocab-size", "9", "--out", str(tmp_path / "t")
@@ -193,12 +220,14 @@ def test_expert_and_gpt2_recipes_run(tmp_path, folder):
 
 def start(*argv: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        environment.pop(name, None)
     command = [sys.executable, "-m", "llmcore", *argv]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_ctrl_c_then_resume_equals_an_uninterrupted_run(tmp_path, folder):
-    settings = [*SMALL, "--set", "train.steps=40", "--set", f'data.sources=[{{path = "{folder}"}}]']
+    settings = [*SMALL, "--set", "train.steps=24", "--set", f'data.sources=[{{path = "{folder}"}}]']
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -207,18 +236,20 @@ def test_ctrl_c_then_resume_equals_an_uninterrupted_run(tmp_path, folder):
         process = start("pretrain", "llama-tiny", "--out", str(out), *settings, "--set", "train.log_every=1")
         while process.poll() is None and sum(r["kind"] == "train" for r in read_log(out / "log.jsonl")) < 3:
             time.sleep(0.01)
+        if sys.platform == "linux":  # training does not spin while it waits
+            assert b"OMP_WAIT_POLICY=passive" in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
         assert f"resume with: llmcore pretrain --resume {out}" in errors
         assert "Traceback" not in errors
         step = load_checkpoint(find_latest(out / "checkpoints")).step
-        assert 3 <= step < 40
+        assert 3 <= step < 24
         assert cli.main(["pretrain", "--resume", str(out)]) == 0
     finally:
         torch.set_num_threads(threads)
     whole, cut = (load_checkpoint(find_latest(tmp_path / n / "checkpoints")) for n in ("whole", "cut"))
-    assert whole.step == cut.step == 40
+    assert whole.step == cut.step == 24
     different = [n for n in whole.model if not torch.equal(whole.model[n], cut.model[n])]
     assert not different
     assert whole.state["data"] == cut.state["data"]
