@@ -61,7 +61,8 @@ def pretrain(
         )
     new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    if latest is None:
+        (run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
     seed_everything(recipe.train.seed)
     try:
         corpus = build_corpus(recipe.data, recipe.tokenizer, run_dir, seed=recipe.train.seed, say=say)
@@ -86,7 +87,11 @@ def pretrain(
         model_config=model.config.to_dict(),
         title=f"{recipe.name}: {model.num_parameters() / 1e6:.1f} M parameters",
     )
-    result = trainer.run(resume=load_checkpoint(latest) if latest else None)
+    checkpoint = load_checkpoint(latest) if latest else None
+    if checkpoint is not None:
+        trainer.restore(checkpoint)  # a recipe that does not fit the run must not take the place of its own
+        (run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    result = trainer.run(resume=checkpoint)
     if result.signal is None:
         samples = sample(model, corpus.tokenizer, recipe)
         write_report(run_dir, recipe, model, corpus, trainer, samples, command)

@@ -149,6 +149,9 @@ def test_a_run_of_damaged_checkpoints_is_not_begun_again(run, capsys, tmp_path):
     shown = capsys.readouterr().err
     assert f"resuming from {older}" in shown
     assert "checkpoint passed over" in shown
+    recipe = (damaged / "recipe.toml").read_text()
+    assert "has shape" in error_of(capsys, "pretrain", "--resume", str(damaged), "--set", "model.dim=32")
+    assert (damaged / "recipe.toml").read_text() == recipe
     for folder in (newest, older):
         (folder / "state.json").unlink()
     error = error_of(capsys, "pretrain", "--resume", str(damaged))
