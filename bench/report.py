@@ -1,6 +1,6 @@
 """Times every op against torch's own and prints the ratios beside the machine's ceilings.
 
-    python bench/report.py [--only NAME] [--rounds 7] [--threads N] [--reference] [--json FILE]
+    python bench/report.py [--only NAME] [--dtype float32] [--rounds 7] [--threads N] [--reference] [--json FILE]
 
 Implementations run alternately in one process, so that a noisy machine disturbs them alike; a ratio is the median over
 the rounds of peer time / llmcore time. Results are checked before they are timed. Time it alone: another busy process
@@ -113,6 +113,7 @@ def machine() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="ops whose name contains this")
+    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="only this dtype")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--reference", action="store_true", help="time the pure-torch reference too")
@@ -125,10 +126,12 @@ def main() -> None:
     print("ceilings: " + "  ".join(f"{k} {v:.1f}" for k, v in limits.items()), flush=True)
     rows = []
     for case in cases(only=options.only):
+        if options.dtype not in str(case.dtype):
+            continue
         rows.append(measure(case, options.rounds, options.reference))
         print(describe(rows[-1], limits), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": info, "ceilings": limits, "results": rows}, indent=1) + "\n")
+        if options.json:  # after every row: a run that is cut short keeps what it measured
+            options.json.write_text(json.dumps({"machine": info, "ceilings": limits, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
