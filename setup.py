@@ -73,6 +73,8 @@ class CMakeBuild(build_ext):
             str(build_dir),
             "-G",
             "Ninja",
+            # a reused build folder remembers the ninja of an isolated build environment that is gone
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
