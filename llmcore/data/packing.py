@@ -2,6 +2,9 @@
 
 A row is filled with documents one behind the other. What doesn't fit goes on in the next row as a new piece: it sees
 nothing of the earlier piece (positions begin at 0), but the earlier piece's last token still predicts its first.
+
+What is shuffled is spans: documents cut every row_len tokens. With whole documents, one longer than a batch would fill
+the batch, and an optimizer step would follow the gradient of a single document.
 """
 
 from __future__ import annotations
@@ -53,18 +56,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The next token: `offset` in document number `document` of the order of `epoch`."""
+    """The next token: `offset` in span number `span` of the order of `epoch`."""
 
     epoch: int = 0
-    document: int = 0
+    span: int = 0
     offset: int = 0
 
 
 class PackedDataset:
     """An endless stream of batches over the documents of a `TokenDataset`, and a finite one for evaluation.
 
-    Each epoch goes through all documents once, in an order that depends on `seed` and the epoch alone (in stored order
-    with `shuffle=False`); the row that an epoch's last document leaves unfilled goes on with the next epoch.
+    Each epoch goes through all spans once, in an order that depends on `seed` and the epoch alone (in stored order with
+    `shuffle=False`); the row that an epoch's last span leaves unfilled goes on with the next epoch.
     `state_dict()` is where the stream stands.
     """
 
@@ -84,6 +87,8 @@ class PackedDataset:
             shuffle,
         )
         self.cursor = Cursor()
+        spans = -(-dataset.lengths() // row_len)
+        self._first_span = np.concatenate([[0], np.cumsum(spans)])  # of each document; the last entry is their number
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     @property
@@ -108,15 +113,16 @@ class PackedDataset:
         pieces: list[tuple[np.ndarray, int]] = []
         free = self.row_len
         while free:
-            document = self.dataset.document(self._document_index(cursor))
-            length = min(free, len(document) - cursor.offset)
+            document, start, end = self._span(cursor)
+            start += cursor.offset
+            length = min(free, end - start)
             # One token more than the piece, when there is one: the target of the piece's last token.
-            pieces.append((document[cursor.offset : cursor.offset + length + 1], length))
+            pieces.append((document[start : start + length + 1], length))
             free -= length
-            if cursor.offset + length < len(document):
+            if start + length < end:
                 cursor = replace(cursor, offset=cursor.offset + length)
-            elif cursor.document + 1 < len(self.dataset):
-                cursor = Cursor(cursor.epoch, cursor.document + 1)
+            elif cursor.span + 1 < self._first_span[-1]:
+                cursor = Cursor(cursor.epoch, cursor.span + 1)
             else:
                 cursor = Cursor(cursor.epoch + 1)
         return self._fill(pieces), cursor
@@ -145,13 +151,18 @@ class PackedDataset:
         if rows:
             yield collate(rows)
 
-    def _document_index(self, cursor: Cursor) -> int:
-        if not self.shuffle:
-            return cursor.document
-        if cursor.epoch != self._order_epoch:
-            self._order = epoch_order(len(self.dataset), self.seed, cursor.epoch)
-            self._order_epoch = cursor.epoch
-        return int(self._order[cursor.document])
+    def _span(self, cursor: Cursor) -> tuple[np.ndarray, int, int]:
+        """The document that the cursor's span is of, and where in it the span begins and ends."""
+        index = cursor.span
+        if self.shuffle:
+            if cursor.epoch != self._order_epoch:
+                self._order = epoch_order(int(self._first_span[-1]), self.seed, cursor.epoch)
+                self._order_epoch = cursor.epoch
+            index = int(self._order[index])
+        number = int(np.searchsorted(self._first_span, index, side="right")) - 1
+        document = self.dataset.document(number)
+        start = (index - int(self._first_span[number])) * self.row_len
+        return document, start, min(start + self.row_len, len(document))
 
     def _fill(self, pieces: list[tuple[np.ndarray, int]]) -> Row:
         tokens = np.zeros(self.row_len, dtype=np.int64)
@@ -180,7 +191,7 @@ class PackedDataset:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "epoch": self.cursor.epoch,
-            "document": self.cursor.document,
+            "span": self.cursor.span,
             "offset": self.cursor.offset,
         }
 
@@ -191,12 +202,12 @@ class PackedDataset:
     def checked_cursor(self, state: Mapping[str, Any]) -> Cursor:
         """The cursor in `state`, or ValueError naming what doesn't fit. Changes nothing."""
         check_matches(state, self.state_dict(), ("dataset", "row_len", "seed", "shuffle"))
-        cursor = Cursor(*(checked_count(state, name) for name in ("epoch", "document", "offset")))
-        if cursor.document >= len(self.dataset):
-            raise ValueError(f"cursor: document {cursor.document} of a dataset of {len(self.dataset)}")
-        length = len(self.dataset.document(self._document_index(cursor)))
-        if cursor.offset >= length:
-            raise ValueError(f"cursor: offset {cursor.offset} in a document of {length} tokens")
+        cursor = Cursor(*(checked_count(state, name) for name in ("epoch", "span", "offset")))
+        if cursor.span >= self._first_span[-1]:
+            raise ValueError(f"cursor: span {cursor.span} of a dataset of {self._first_span[-1]} spans")
+        _, start, end = self._span(cursor)
+        if cursor.offset >= end - start:
+            raise ValueError(f"cursor: offset {cursor.offset} in a span of {end - start} tokens")
         return cursor
 
 
@@ -233,9 +244,9 @@ def hash64(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
     return mix(state + (index.astype(np.uint64) + np.uint64(1)) * golden)
 
 
-def epoch_order(documents: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(documents), int64, the same on every machine."""
-    return np.argsort(hash64(seed, epoch, np.arange(documents)), kind="stable")
+def epoch_order(spans: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(spans), int64, the same on every machine."""
+    return np.argsort(hash64(seed, epoch, np.arange(spans)), kind="stable")
 
 
 def check_matches(state: Mapping[str, Any], own: Mapping[str, Any], names: tuple[str, ...]) -> None:

@@ -68,6 +68,10 @@ class TokenDataset:
         """What the readers left out when the data was made."""
         return SkipReport(**self.meta["skips"])
 
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document, (documents,) int64."""
+        return np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int64)
+
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, EOS last: a read-only view of the file, (length,) uint16 or uint32."""
         if not 0 <= index < len(self):

@@ -1,7 +1,7 @@
 """Ready-made configurations in the style of known model families.
 
 Each takes a size and any field of `ModelConfig` to override: `llama("tiny", vocab_size=1000, num_kv_heads=1)`. Sizes
-that a family has published carry its numbers; "tiny" and "mini" are for tests and small machines.
+that a family has published carry its numbers; "tiny", "micro" and "mini" are for tests and small machines.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _LLAMA = {
     "tiny": {
         "dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 128, "vocab_size": 512,
         "max_positions": 256,
+    },
+    "micro": {
+        "dim": 192, "num_layers": 6, "num_heads": 6, "num_kv_heads": 3, "ffn_dim": 512, "vocab_size": 4096,
+        "max_positions": 512,
     },
     "mini": {
         "dim": 256, "num_layers": 6, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 704, "vocab_size": 4096,

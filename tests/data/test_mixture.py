@@ -122,8 +122,8 @@ def test_a_cursor_of_another_mixture_is_refused_and_changes_nothing(datasets):
             other.load_state_dict(state)
     fresh = make(datasets)
     before = fresh.state_dict()
-    broken = {**state, "sources": {**state["sources"], "c": {**state["sources"]["c"], "document": 10**6}}}
-    with pytest.raises(ValueError, match="source 'c': cursor: document 1000000"):
+    broken = {**state, "sources": {**state["sources"], "c": {**state["sources"]["c"], "span": 10**6}}}
+    with pytest.raises(ValueError, match="source 'c': cursor: span 1000000"):
         fresh.load_state_dict(broken)
     with pytest.raises(ValueError, match="sources must be a mapping"):
         fresh.load_state_dict({**state, "sources": {}})

@@ -50,11 +50,15 @@ def same(a, b) -> bool:
     )
 
 
-def epoch_tokens(packed: PackedDataset, epoch: int) -> np.ndarray:
-    """All tokens of an epoch, straight from the documents."""
-    dataset = packed.dataset
-    order = epoch_order(len(dataset), packed.seed, epoch) if packed.shuffle else range(len(dataset))
-    return np.concatenate([dataset.document(int(index)) for index in order])
+def epoch_stream(packed: PackedDataset, epoch: int) -> np.ndarray:
+    """All (token, target) of an epoch, (tokens, 2), straight from the documents."""
+    spans = []
+    for index in range(len(packed.dataset)):
+        document = packed.dataset.document(index).astype(np.int64)
+        pairs = np.stack([document, np.append(document[1:], IGNORE)], axis=1)
+        spans += [pairs[at : at + packed.row_len] for at in range(0, len(pairs), packed.row_len)]
+    order = epoch_order(len(spans), packed.seed, epoch) if packed.shuffle else range(len(spans))
+    return np.concatenate([spans[index] for index in order])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,7 +73,7 @@ def test_each_token_once_an_epoch_and_no_target_lost(make_dataset, lengths, row_
     dataset = make_dataset([chr(97 + i) * length for i, length in enumerate(lengths)])
     eos = dataset.meta["eos_id"]
     packed = PackedDataset(dataset, row_len=row_len, batch_size=batch_size, seed=seed, shuffle=shuffle)
-    expected = np.concatenate([epoch_tokens(packed, epoch) for epoch in range(4)])
+    expected = np.concatenate([epoch_stream(packed, epoch) for epoch in range(4)])
     seen, targets = [], []
     while packed.epoch < 3:
         batch = next(packed)
@@ -81,10 +85,8 @@ def test_each_token_once_an_epoch_and_no_target_lost(make_dataset, lengths, row_
     seen, targets = torch.cat(seen).numpy(), torch.cat(targets).numpy()
     if len(seen) > len(expected):  # one batch may hold several epochs of a tiny data set
         more = (len(seen) // dataset.num_tokens) + 2
-        expected = np.concatenate([epoch_tokens(packed, epoch) for epoch in range(more)])
-    assert np.array_equal(seen, expected[: len(seen)])
-    following = np.append(expected, eos)[1 : len(seen) + 1]
-    assert np.array_equal(targets, np.where(seen == eos, IGNORE, following))
+        expected = np.concatenate([epoch_stream(packed, epoch) for epoch in range(more)])
+    assert np.array_equal(np.stack([seen, targets], axis=1), expected[: len(seen)])
 
     evaluated = list(packed.eval_batches())
     padding = -dataset.num_tokens % row_len
@@ -105,9 +107,17 @@ def test_real_text(real_dataset):
         batch = next(packed)
         check(batch, 512, real_dataset.meta["eos_id"])
         seen.append(batch.tokens)
-    expected = np.concatenate([epoch_tokens(packed, epoch) for epoch in range(3)])
+    expected = np.concatenate([epoch_stream(packed, epoch) for epoch in range(3)])
     flat = torch.cat(seen).numpy()
-    assert np.array_equal(flat, expected[: len(flat)])
+    assert np.array_equal(flat, expected[: len(flat), 0])
+
+
+def test_a_long_document_does_not_fill_a_batch(make_dataset):
+    """Each of 20 documents is as long as two batches; a batch of 8 rows still mixes most rows from different ones."""
+    packed = PackedDataset(make_dataset([chr(97 + i) * 500 for i in range(20)]), row_len=32, batch_size=8)
+    for _ in range(10):
+        letters = set(next(packed).tokens.tolist())
+        assert len(letters) >= 5
 
 
 def test_evaluation_leaves_the_stream_alone(real_dataset):
@@ -192,13 +202,13 @@ def test_a_cursor_of_something_else_is_refused(make_dataset):
     texts = ["some text", "more text"]
     dataset = make_dataset(texts)
 
-    def make(data=dataset, row_len=8, seed=0, shuffle=True):
+    def make(data=dataset, row_len=16, seed=0, shuffle=True):
         return PackedDataset(data, row_len=row_len, batch_size=1, seed=seed, shuffle=shuffle)
 
     state = make().state_dict()
     make(make_dataset(texts, "copy")).load_state_dict(state)  # the same tokens elsewhere on disk
     for other, match in (
-        (make(row_len=9), "cursor is of another row_len: 8, here 9"),
+        (make(row_len=17), "cursor is of another row_len: 16, here 17"),
         (make(seed=1), "cursor is of another seed: 0, here 1"),
         (make(shuffle=False), "cursor is of another shuffle"),
         (make(make_dataset([*texts, "x"], "other")), f"cursor is of another dataset: '{dataset.content_hash}'"),
@@ -208,10 +218,10 @@ def test_a_cursor_of_something_else_is_refused(make_dataset):
     for change, match in (
         ({"epoch": -1}, "epoch must be a whole number"),
         ({"epoch": 2**64}, "epoch must be a whole number"),
-        ({"document": 2}, "document 2 of a dataset of 2"),
-        ({"offset": 10}, "offset 10 in a document of 10 tokens"),
+        ({"span": 2}, "span 2 of a dataset of 2 spans"),
+        ({"offset": 10}, "offset 10 in a span of 10 tokens"),
         ({"offset": 1.0}, "offset must be a whole number"),
-        ({"document": None}, "document must be a whole number"),
+        ({"span": None}, "span must be a whole number"),
     ):
         packed = make()
         with pytest.raises(ValueError, match=match):

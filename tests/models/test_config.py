@@ -80,7 +80,7 @@ def test_presets_take_overrides():
     moe = llama_moe("tiny", moe={"balancing": "bias"}).moe
     assert isinstance(moe, MoEConfig)
     assert (moe.balancing, moe.num_experts) == ("bias", 8)
-    with pytest.raises(ValueError, match="llama has no size 'huge'; accepted: 'tiny', 'mini'"):
+    with pytest.raises(ValueError, match="llama has no size 'huge'; accepted: 'tiny', 'micro', 'mini'"):
         llama("huge")
     with pytest.raises(ValueError, match=r"did you mean 'window'\?"):
         llama("tiny", windo=4)
