@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import llmcore
 from llmcore.checkpoints import (
     CheckpointError,
     copy_tensors,
@@ -20,6 +21,8 @@ from llmcore.checkpoints import (
     resolve,
     save_checkpoint,
 )
+
+IMPORTED_FROM = Path(llmcore.__file__).parent.parent  # where a subprocess finds the llmcore under test
 
 
 def save(root: Path, step: int, **changes) -> Path:
@@ -202,7 +205,8 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     random.seed(0)
     last = 0
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=IMPORTED_FROM)
         last = int(process.stdout.readline())  # it has begun to write
         time.sleep(random.uniform(0.0, 0.3))
         process.kill()

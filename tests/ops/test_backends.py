@@ -52,9 +52,9 @@ def test_supported_torch(version):
     llmcore._check_torch(version)
 
 
-def test_instruction_set_from_the_environment():
+def test_instruction_set_from_the_environment(tmp_path):
     code = "import llmcore; print(llmcore.build_info()['active_cpu_isa'])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
                          env={"LLMCORE_CPU_ISA": "portable", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
     assert run.stdout.strip() == "portable"
     assert not llmcore._C.set_cpu_isa("avx9000")

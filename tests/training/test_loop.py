@@ -19,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny import UNIFORM, VOCAB, Loader, Model, loss_fn, make_batch, make_trainer
 
+import llmcore
 from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
 from llmcore.training import Loss, NonFiniteError, OptimConfig, TrainConfig, evaluate
 from llmcore.training.logs import RunLog, clock, plot_losses, read_log
 from llmcore.training.state import StopSignals, random_state, seed_everything, set_random_state
+
+IMPORTED_FROM = Path(llmcore.__file__).parent.parent  # where a subprocess finds the llmcore under test
 
 
 def final_state(trainer) -> dict[str, torch.Tensor]:
@@ -283,7 +286,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_for_bit_the_same(tmp_path):
     for _ in range(2):
         command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(cut)]
         length = log.stat().st_size if log.exists() else 0
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=IMPORTED_FROM)
         while process.poll() is None and (not log.exists() or log.stat().st_size <= length + 200):
             time.sleep(0.005)
         time.sleep(rng.uniform(0.0, 0.2))
