@@ -41,7 +41,8 @@ def _finish(run_dir: Path, result: object, resume_command: str) -> int:
         _say(f"resume with: {resume_command}")
         return 128 + result.signal
     print((run_dir / "report.md").read_text(encoding="utf-8"))
-    print(f"run folder: {run_dir}\ngenerate with: llmcore generate --model {shlex.quote(str(run_dir))} --prompt 'def '")
+    model = shlex.quote(str(run_dir))
+    print(f"run folder: {run_dir}\ngenerate with: llmcore generate --model {model} --prompt '    def __init__(self'")
     return 0
 
 

@@ -89,8 +89,8 @@ def test_quickstart_fills_the_run_folder(run, folder):
     assert str(folder) in report
     assert "llmcore quickstart --data" in report
     assert torch.__version__ in report
-    assert "```text\ndef " in report
-    assert "```text\nimport " in report
+    assert "```text\n    def __init__(self" in report
+    assert "```text\nimport" in report
     assert report in printed
     assert str(out) in printed
 
