@@ -20,7 +20,7 @@ struct Worker {
   Scratch<Elem> q, k_packed, v_packed;
   Scratch<float> acc, highest, total, scores, k_copy, v_copy;
   Scratch<bf16> p;  // probabilities of a sub-block for the bf16 product
-  TileRows<typename RowElem<Product>::type> k_rows, v_rows;
+  TileRows<typename Product::Value> k_rows, v_rows;
 
   Worker(const AttentionShape& s, int64_t rows)
       : q(rows * steps_of<Product>(round_up(s.head_dim, kLanes))),
@@ -295,16 +295,16 @@ class Forward {
   }
 
   static void pack_panel(float* out, const TileRows<float>& rows, int64_t c, int64_t count, int64_t dim) {
-    pack_transposed<float>(out, kPanel, count, dim, [&](int64_t i) { return rows.row[c + i]; });
+    pack_transposed<kPanel>(out, count, dim, [&](int64_t i) { return rows.row[c + i]; });
   }
   static void pack_panel(uint32_t* out, const TileRows<bf16>& rows, int64_t c, int64_t count, int64_t dim) {
-    pack_transposed(out, kPanel, count, dim, [&](int64_t i) { return rows.row[c + i]; });
+    pack_transposed<kPanel>(out, count, dim, [&](int64_t i) { return rows.row[c + i]; });
   }
   static void pack_values(float* out, const TileRows<float>& rows, int64_t dim, int64_t count) {
-    pack_rows<float>(out, dim, count, [&](int64_t i) { return rows.row[i]; });
+    pack_rows<kPanel>(out, dim, count, [&](int64_t i) { return rows.row[i]; });
   }
   static void pack_values(uint32_t* out, const TileRows<bf16>& rows, int64_t dim, int64_t count) {
-    pack_rows(out, dim, count, [&](int64_t i) { return rows.row[i]; });
+    pack_rows<kPanel>(out, dim, count, [&](int64_t i) { return rows.row[i]; });
   }
 
   // acc += p * v for a sub-block; p is in x.scores.

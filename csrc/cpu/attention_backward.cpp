@@ -22,7 +22,7 @@ struct Worker {
   Scratch<Elem> k_by_dim, v_by_dim, k_by_key;  // k^T and v^T in panels of keys; k in panels of dims
   Scratch<float> dq, lse, delta, p, ds, k_copy, v_copy, row_copy;
   Scratch<Elem> p_pairs, ds_pairs, ds_rows;  // bf16 forms of p and ds
-  TileRows<typename RowElem<Product>::type> k_rows, v_rows;
+  TileRows<typename Product::Value> k_rows, v_rows;
 
   Worker(const AttentionShape& s, int64_t rows)
       : rows(rows),
@@ -158,13 +158,13 @@ class Backward {
   // Rows (rows, dim) as B panels of (row_steps, kPanel). Panels are row_steps apart whatever the number of rows.
   static void pack_columns(float* out, const float* rows, int64_t stride, int64_t dim, int64_t count, int64_t steps) {
     for (int64_t j = 0; j < dim; j += kPanel)
-      pack_rows<float>(out + j * steps, min64(kPanel, dim - j), count,
+      pack_rows<kPanel>(out + j * steps, min64(kPanel, dim - j), count,
                        [&](int64_t r) { return rows + r * stride + j; });
   }
   static void pack_columns(uint32_t* out, const uint32_t* rows, int64_t stride, int64_t dim, int64_t count,
                            int64_t steps) {
     for (int64_t j = 0; j < dim; j += kPanel)
-      pack_rows(out + j * steps, min64(kPanel, dim - j), count,
+      pack_rows<kPanel>(out + j * steps, min64(kPanel, dim - j), count,
                 [&](int64_t r) { return reinterpret_cast<const bf16*>(rows + r * stride) + j; });
   }
 
@@ -258,16 +258,16 @@ class Backward {
   }
 
   static void pack_panel(float* out, const TileRows<float>& rows, int64_t c, int64_t count, int64_t dim) {
-    pack_transposed<float>(out, kPanel, count, dim, [&](int64_t i) { return rows.row[c + i]; });
+    pack_transposed<kPanel>(out, count, dim, [&](int64_t i) { return rows.row[c + i]; });
   }
   static void pack_panel(uint32_t* out, const TileRows<bf16>& rows, int64_t c, int64_t count, int64_t dim) {
-    pack_transposed(out, kPanel, count, dim, [&](int64_t i) { return rows.row[c + i]; });
+    pack_transposed<kPanel>(out, count, dim, [&](int64_t i) { return rows.row[c + i]; });
   }
   static void pack_keys(float* out, const TileRows<float>& rows, int64_t d, int64_t width, int64_t count) {
-    pack_rows<float>(out, width, count, [&](int64_t i) { return rows.row[i] + d; });
+    pack_rows<kPanel>(out, width, count, [&](int64_t i) { return rows.row[i] + d; });
   }
   static void pack_keys(uint32_t* out, const TileRows<bf16>& rows, int64_t d, int64_t width, int64_t count) {
-    pack_rows(out, width, count, [&](int64_t i) { return rows.row[i] + d; });
+    pack_rows<kPanel>(out, width, count, [&](int64_t i) { return rows.row[i] + d; });
   }
 
   // Writes one KV head's dk and dv, summed over `splits` accumulators in order (the sum is left in the first).

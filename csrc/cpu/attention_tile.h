@@ -193,17 +193,6 @@ struct TileRows {
   const Elem* row[kKeys];
 };
 
-template <class Product>
-struct RowElem;
-template <>
-struct RowElem<ProductF32> {
-  using type = float;
-};
-template <>
-struct RowElem<ProductBf16> {
-  using type = bf16;
-};
-
 // Key rows [key0, key0 + count) of the task's sequence and KV head. `copy` holds count * dim floats.
 template <class Elem>
 inline void tile_rows(const AttentionShape& shape, const Task& t, const void* base, DType dtype,
@@ -231,12 +220,6 @@ inline void tile_rows(const AttentionShape& shape, const Task& t, const void* ba
       out.row[i] = static_cast<const Elem*>(row);
     }
   }
-}
-
-// Steps (32-bit elements) of `n` values along k.
-template <class Product>
-LLMCORE_INLINE constexpr int64_t steps_of(int64_t n) {
-  return (n + Product::kStep - 1) / Product::kStep;
 }
 
 // Row r of a task's q (or dout, ...): its query row and head.

@@ -30,15 +30,17 @@ LLMCORE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// How products are formed. One "step" of k is one 32-bit element of the packed operands.
+// How products are formed: of which values, and packed as what. One "step" of k is one 32-bit packed element.
 struct ProductF32 {
+  using Value = float;
   using Elem = float;
   static constexpr int kStep = 1;
   static LLMCORE_INLINE vf multiply_add(vf acc, Elem a, vf b) { return fma(set1(a), b, acc); }
   static LLMCORE_INLINE vf load_b(const Elem* p) { return load(p); }
 };
-struct ProductBf16 {  // an element holds the bf16 pair (k, k + 1)
-  using Elem = uint32_t;
+struct ProductBf16 {
+  using Value = bf16;
+  using Elem = uint32_t;  // holds the pair (k, k + 1)
   static constexpr int kStep = 2;
   static LLMCORE_INLINE vf multiply_add(vf acc, Elem a, vu b) { return dot_bf16(acc, a - vu{}, b); }
   static LLMCORE_INLINE vu load_b(const Elem* p) {
@@ -47,6 +49,12 @@ struct ProductBf16 {  // an element holds the bf16 pair (k, k + 1)
     return v;
   }
 };
+
+// Steps of `n` values along k.
+template <class Product>
+LLMCORE_INLINE constexpr int64_t steps_of(int64_t n) {
+  return (n + Product::kStep - 1) / Product::kStep;
+}
 
 // c (R, kPanel) (+)= a (R, steps) * b (steps, kPanel). a's element (r, s) is a[r * a_row + s * a_step], b's row s
 // starts at b + s * kPanel, c's row r at c + r * c_stride.
@@ -127,93 +135,93 @@ struct Matrix {
   int64_t row_stride, col_stride;
 };
 
-// out (k, width): out[s * width + i] = row i's element s, for `count` <= width rows that start at row(i) and whose
+// out (k, Width): out[s * Width + i] = row i's element s, for `count` <= Width rows that start at row(i) and whose
 // elements are adjacent; the rest of each step is zero. A transpose: rows become columns. RowFn: i -> const T*.
-template <class T, class RowFn>
-inline void pack_transposed(float* out, int64_t width, int64_t count, int64_t k, const RowFn& row) {
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const int64_t lanes = width - i < kLanes ? width - i : kLanes;
+template <int Width, class RowFn>
+inline void pack_transposed(float* out, int64_t count, int64_t k, const RowFn& row) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Width; i += kLanes) {
+    const int lanes = Width - i < kLanes ? Width - i : kLanes;
     int64_t s = 0;
-    if (lanes == kLanes) {
-      for (; s + kLanes <= k; s += kLanes) {
-        vu block[kLanes];
-        for (int r = 0; r < kLanes; ++r) block[r] = i + r < count ? bit_cast<vu>(load(row(i + r) + s)) : vu{};
-        transpose(block);
-        for (int r = 0; r < kLanes; ++r) store(out + (s + r) * width + i, bit_cast<vf>(block[r]));
-      }
+    for (; s + kLanes <= k; s += kLanes) {
+      vu block[kLanes];
+      for (int r = 0; r < kLanes; ++r)
+        block[r] = r < lanes && i + r < count ? bit_cast<vu>(load(row(i + r) + s)) : vu{};
+      transpose(block);
+      for (int r = 0; r < kLanes; ++r) __builtin_memcpy(out + (s + r) * Width + i, &block[r], lanes * sizeof(float));
     }
-    for (int64_t r = 0; r < lanes; ++r) {
-      const T* in = i + r < count ? row(i + r) : nullptr;
-      for (int64_t t = s; t < k; ++t) out[t * width + i + r] = in ? to_float(in[t]) : 0.f;
-    }
+    for (int r = 0; r < lanes; ++r)
+      for (int64_t t = s; t < k; ++t) out[t * Width + i + r] = i + r < count ? to_float(row(i + r)[t]) : 0.f;
   }
 }
 
-// The same for bf16 pairs: out (ceil(k / 2), width) of pairs (s, s + 1); an odd last element is paired with 0.
-template <class RowFn>
-inline void pack_transposed(uint32_t* out, int64_t width, int64_t count, int64_t k, const RowFn& row) {
+// The same for bf16 pairs: out (ceil(k / 2), Width) of pairs (s, s + 1); an odd last element is paired with 0.
+template <int Width, class RowFn>
+inline void pack_transposed(uint32_t* out, int64_t count, int64_t k, const RowFn& row) {
   const int64_t pairs = k / 2;
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const int64_t lanes = width - i < kLanes ? width - i : kLanes;
+#pragma GCC unroll 4
+  for (int i = 0; i < Width; i += kLanes) {
+    const int lanes = Width - i < kLanes ? Width - i : kLanes;
     int64_t s = 0;
-    if (lanes == kLanes) {
-      for (; s + kLanes <= pairs; s += kLanes) {
-        vu block[kLanes];
-        for (int r = 0; r < kLanes; ++r) {
-          block[r] = vu{};
-          if (i + r < count) __builtin_memcpy(&block[r], row(i + r) + 2 * s, sizeof(vu));
-        }
-        transpose(block);
-        for (int r = 0; r < kLanes; ++r) __builtin_memcpy(out + (s + r) * width + i, &block[r], sizeof(vu));
+    for (; s + kLanes <= pairs; s += kLanes) {
+      vu block[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        block[r] = vu{};
+        if (r < lanes && i + r < count) __builtin_memcpy(&block[r], row(i + r) + 2 * s, sizeof(vu));
       }
+      transpose(block);
+      for (int r = 0; r < kLanes; ++r) __builtin_memcpy(out + (s + r) * Width + i, &block[r], lanes * sizeof(uint32_t));
     }
-    for (int64_t r = 0; r < lanes; ++r) {
+    for (int r = 0; r < lanes; ++r) {
       const bf16* in = i + r < count ? row(i + r) : nullptr;
       for (int64_t t = s; t < (k + 1) / 2; ++t) {
         const uint32_t lo = in ? in[2 * t].bits : 0, hi = in && 2 * t + 1 < k ? in[2 * t + 1].bits : 0;
-        out[t * width + i + r] = lo | hi << 16;
+        out[t * Width + i + r] = lo | hi << 16;
       }
     }
   }
 }
 
-// out panels of (k, kPanel) covering n columns: step s of panel j holds row s's columns j * kPanel + [0, kPanel), zero
+// out: panels of (k, Width) covering n columns: step s of panel j holds row s's columns j * Width + [0, Width), zero
 // beyond n. Rows are adjacent elements starting at row(s). RowFn: s -> const T*.
-template <class T, class RowFn>
+template <int Width, class RowFn>
 inline void pack_rows(float* out, int64_t n, int64_t k, const RowFn& row) {
   for (int64_t s = 0; s < k; ++s) {
-    const T* in = row(s);
-    for (int64_t j = 0; j < n; j += kPanel) {
-      float* to = out + j * k + s * kPanel;
-      if (j + kPanel <= n) {
-        for (int v = 0; v < kPanel; v += kLanes) store(to + v, load(in + j + v));
+    const auto* in = row(s);
+    for (int64_t j = 0; j < n; j += Width) {
+      float* to = out + j * k + s * Width;
+      if (j + Width <= n) {
+        int v = 0;
+        for (; v + kLanes <= Width; v += kLanes) store(to + v, load(in + j + v));
+        for (; v < Width; ++v) to[v] = to_float(in[j + v]);
       } else {
-        for (int v = 0; v < kPanel; ++v) to[v] = j + v < n ? to_float(in[j + v]) : 0.f;
+        for (int v = 0; v < Width; ++v) to[v] = j + v < n ? to_float(in[j + v]) : 0.f;
       }
     }
   }
 }
 
 // The same for bf16 pairs: step s holds the pairs (row 2s, row 2s + 1) of each column; an odd last row pairs with 0.
-template <class RowFn>
+template <int Width, class RowFn>
 inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
   const int64_t steps = (k + 1) / 2;
   for (int64_t s = 0; s < steps; ++s) {
     const bf16 *even = row(2 * s), *odd = 2 * s + 1 < k ? row(2 * s + 1) : nullptr;
-    for (int64_t j = 0; j < n; j += kPanel) {
-      uint32_t* to = out + j * steps + s * kPanel;
-      const int64_t width = n - j < kPanel ? n - j : kPanel;
-      if (width == kPanel && odd) {
-        for (int v = 0; v < kPanel; v += kLanes) {
+    for (int64_t j = 0; j < n; j += Width) {
+      uint32_t* to = out + j * steps + s * Width;
+      if (j + Width <= n && odd) {
+        int v = 0;
+        for (; v + kLanes <= Width; v += kLanes) {
           vh lo, hi;
           __builtin_memcpy(&lo, even + j + v, sizeof(lo));
           __builtin_memcpy(&hi, odd + j + v, sizeof(hi));
           const vu pair = __builtin_convertvector(lo, vu) | __builtin_convertvector(hi, vu) << 16;
           __builtin_memcpy(to + v, &pair, sizeof(pair));
         }
+        for (; v < Width; ++v) to[v] = even[j + v].bits | static_cast<uint32_t>(odd[j + v].bits) << 16;
       } else {
-        for (int64_t v = 0; v < kPanel; ++v)
-          to[v] = v < width ? even[j + v].bits | static_cast<uint32_t>(odd ? odd[j + v].bits : 0) << 16 : 0u;
+        for (int64_t v = 0; v < Width; ++v)
+          to[v] = j + v < n ? even[j + v].bits | static_cast<uint32_t>(odd ? odd[j + v].bits : 0) << 16 : 0u;
       }
     }
   }
@@ -221,49 +229,67 @@ inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
 
 // ---- blocked product -----------------------------------------------------------------------------------------------
 
-// Blocks: one chain of k, so that a long product is as accurate as torch's; a panel of B (128 x kPanel floats) then
-// fits a quarter of a 32 KiB L1, B's block (128 x 256) a quarter of a 512 KiB L2. Longer blocks of k were no faster.
-constexpr int64_t kBlockK = kChainSteps, kBlockN = 256, kBlockM = 20 * kTileRows;
+// bf16 matrices are multiplied as such where the machine can; everything else is widened to float when it is packed.
+template <class TA, class TB>
+struct GemmProduct {
+  using type = ProductF32;
+};
+#if defined(__AVX512BF16__) || defined(LLMCORE_EMULATE_AVX512BF16)
+template <>
+struct GemmProduct<bf16, bf16> {
+  using type = ProductBf16;
+};
+#endif
 
+// Blocks, in steps of k: a panel of B (256 x kPanel elements) then takes 32 KiB with AVX-512, its block (256 x 256) a
+// quarter of a 1 MiB L2. Sums are still formed in chains of kChainSteps.
+constexpr int64_t kBlockSteps = 2 * kChainSteps, kBlockN = 256, kBlockM = 20 * kTileRows;
+
+// Operands are packed as 32-bit elements: floats, or pairs of bf16.
 struct GemmScratch {
-  Scratch<float> a{kBlockM * kBlockK}, b{kBlockN * kBlockK}, edge{kTileRows * kPanel};
+  template <class Elem>
+  Elem* a() {
+    return static_cast<Elem*>(static_cast<void*>(a_.data()));
+  }
+  template <class Elem>
+  Elem* b() {
+    return static_cast<Elem*>(static_cast<void*>(b_.data()));
+  }
+  float* edge() { return edge_.data(); }
+
+ private:
+  Scratch<float> a_{kBlockM * kBlockSteps}, b_{kBlockN * kBlockSteps}, edge_{kTileRows * kPanel};
 };
 
+// Step s of row i: a float, or the pair of elements 2s and 2s + 1.
 template <class T>
-LLMCORE_NOINLINE void gemm_pack_a(float* out, int64_t m, int64_t k, Matrix<T> a) {  // tiles of (k, kTileRows)
-  for (int64_t i = 0; i < m; i += kTileRows) {
-    const int64_t rows = m - i < kTileRows ? m - i : kTileRows;
-    float* to = out + i * k;
-    if (a.row_stride == 1) {  // step by step, as they lie in memory
-      const T* in = a.data + i;
-      for (int64_t s = 0; s < k; ++s, in += a.col_stride)
-        for (int64_t r = 0; r < kTileRows; ++r) to[s * kTileRows + r] = r < rows ? to_float(in[r]) : 0.f;
-      continue;
-    }
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      const T* in = a.data + (i + r) * a.row_stride;
-      if (r >= rows) {
-        for (int64_t s = 0; s < k; ++s) to[s * kTileRows + r] = 0.f;
-      } else {
-        for (int64_t s = 0; s < k; ++s) to[s * kTileRows + r] = to_float(in[s * a.col_stride]);
-      }
-    }
-  }
+LLMCORE_INLINE void pack_element(float* out, const Matrix<T>& m, int64_t i, int64_t s, int64_t) {
+  *out = to_float(m.data[i * m.row_stride + s * m.col_stride]);
+}
+LLMCORE_INLINE void pack_element(uint32_t* out, const Matrix<bf16>& m, int64_t i, int64_t s, int64_t k) {
+  const bf16* at = m.data + i * m.row_stride + 2 * s * m.col_stride;
+  *out = at->bits | static_cast<uint32_t>(2 * s + 1 < k ? at[m.col_stride].bits : 0) << 16;
 }
 
-template <class T>
-LLMCORE_NOINLINE void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b) {
-  if (b.col_stride == 1) {
-    pack_rows<T>(out, n, k, [&](int64_t s) { return b.data + s * b.row_stride; });
-  } else if (b.row_stride == 1) {
-    for (int64_t j = 0; j < n; j += kPanel)
-      pack_transposed<T>(out + j * k, kPanel, n - j < kPanel ? n - j : kPanel, k,
-                         [&](int64_t i) { return b.data + (j + i) * b.col_stride; });
-  } else {
-    for (int64_t j = 0; j < n; j += kPanel)
-      for (int64_t s = 0; s < k; ++s)
-        for (int64_t v = 0; v < kPanel; ++v)
-          out[j * k + s * kPanel + v] = j + v < n ? to_float(b.data[s * b.row_stride + (j + v) * b.col_stride]) : 0.f;
+// m (count, k) in groups of Width rows, each packed as (steps of k, Width); rows beyond count are zero.
+template <int Width, class Elem, class T>
+LLMCORE_NOINLINE void gemm_pack(Elem* out, int64_t count, int64_t k, int64_t steps, Matrix<T> m) {
+  if (m.row_stride == 1) {
+    pack_rows<Width>(out, count, k, [&](int64_t s) { return m.data + s * m.col_stride; });
+    return;
+  }
+  for (int64_t i = 0; i < count; i += Width) {
+    const int64_t rows = count - i < Width ? count - i : Width;
+    Elem* to = out + i * steps;
+    if (m.col_stride == 1) {
+      pack_transposed<Width>(to, rows, k, [&](int64_t r) { return m.data + (i + r) * m.row_stride; });
+      continue;
+    }
+    for (int64_t s = 0; s < steps; ++s)
+      for (int64_t r = 0; r < Width; ++r) {
+        to[s * Width + r] = 0;
+        if (r < rows) pack_element(to + s * Width + r, m, i + r, s, k);
+      }
   }
 }
 
@@ -271,37 +297,43 @@ LLMCORE_NOINLINE void gemm_pack_b(float* out, int64_t n, int64_t k, Matrix<T> b)
 template <class TA, class TB>
 LLMCORE_NOINLINE void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, float* c, int64_t c_stride,
                            bool accumulate, GemmScratch& scratch) {
+  using Product = typename GemmProduct<TA, TB>::type;
+  using Elem = typename Product::Elem;
+  constexpr int64_t kBlockK = kBlockSteps * Product::kStep;
   if (k == 0 && !accumulate)
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) c[i * c_stride + j] = 0.f;
   for (int64_t k0 = 0; k0 < k; k0 += kBlockK) {
-    const int64_t kb = k - k0 < kBlockK ? k - k0 : kBlockK;
+    const int64_t kb = k - k0 < kBlockK ? k - k0 : kBlockK, steps = steps_of<Product>(kb);
     const bool add = accumulate || k0 > 0;
     for (int64_t n0 = 0; n0 < n; n0 += kBlockN) {
       const int64_t nb = n - n0 < kBlockN ? n - n0 : kBlockN;
-      gemm_pack_b(scratch.b.data(), nb, kb,
-                  Matrix<TB>{b.data + k0 * b.row_stride + n0 * b.col_stride, b.row_stride, b.col_stride});
+      Elem* b_packed = scratch.b<Elem>();
+      gemm_pack<kPanel>(b_packed, nb, kb, steps,
+                        Matrix<TB>{b.data + k0 * b.row_stride + n0 * b.col_stride, b.col_stride, b.row_stride});
       for (int64_t m0 = 0; m0 < m; m0 += kBlockM) {
         const int64_t mb = m - m0 < kBlockM ? m - m0 : kBlockM;
-        gemm_pack_a(scratch.a.data(), mb, kb,
-                    Matrix<TA>{a.data + m0 * a.row_stride + k0 * a.col_stride, a.row_stride, a.col_stride});
-        for (int64_t j = 0; j < nb; j += kPanel) {
-          const float* panel = scratch.b.data() + j * kb;
+        Elem* a_packed = scratch.a<Elem>();
+        gemm_pack<kTileRows>(a_packed, mb, kb, steps,
+                             Matrix<TA>{a.data + m0 * a.row_stride + k0 * a.col_stride, a.row_stride, a.col_stride});
+        for (int64_t j = 0; j < nb; j += kPanel)
           for (int64_t i = 0; i < mb; i += kTileRows) {
-            const int rows = static_cast<int>(mb - i < kTileRows ? mb - i : kTileRows);
+            const int64_t rows = mb - i < kTileRows ? mb - i : kTileRows;
+            const auto multiply = [&](float* to, int64_t to_stride, bool onto) {
+              multiply_panels<Product, false>(rows, 1, steps, a_packed + i * steps, kTileRows, b_packed + j * steps, 0,
+                                              to, to_stride, onto);
+            };
             float* to = c + (m0 + i) * c_stride + n0 + j;
-            const float* tile = scratch.a.data() + i * kb;
             if (j + kPanel <= nb) {
-              micro<ProductF32, false>(rows, kb, tile, kTileRows, panel, to, c_stride, add);
+              multiply(to, c_stride, add);
               continue;
             }
-            float* edge = scratch.edge.data();  // the panel is wider than what is left of c
-            micro<ProductF32, false>(rows, kb, tile, kTileRows, panel, edge, kPanel, false);
-            for (int r = 0; r < rows; ++r)
+            float* edge = scratch.edge();  // the panel is wider than what is left of c
+            multiply(edge, kPanel, false);
+            for (int64_t r = 0; r < rows; ++r)
               for (int64_t v = 0; v < nb - j; ++v)
                 to[r * c_stride + v] = edge[r * kPanel + v] + (add ? to[r * c_stride + v] : 0.f);
           }
-        }
       }
     }
   }

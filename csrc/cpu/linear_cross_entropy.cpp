@@ -117,7 +117,9 @@ void losses(const LinearCrossEntropyParams& p, const Chunk<T>& chunk, int64_t vo
   });
 }
 
-// Turns a row of logits into its gradient, in place. The row starts at word `first`.
+// Turns a row of logits into its gradient, in place: G is what the products that follow take, and bf16 fills the first
+// half of the row. The row starts at word `first`.
+template <class G>
 void differentiate(const LinearCrossEntropyParams& p, float* logits, int64_t first, int64_t n, int64_t token) {
   const float lse = p.lse[token], dloss = p.dloss ? p.dloss[token] : p.dloss_of_all;
   const float of_lse = dloss * (1.f + 2.f * p.z_loss * lse);
@@ -131,14 +133,15 @@ void differentiate(const LinearCrossEntropyParams& p, float* logits, int64_t fir
   const int64_t target = p.targets[token] - first;
   const bool holds_target = target >= 0 && target < n;
   const float at_target = holds_target ? gradient(set1(logits[target]), set1(of_mean + of_target))[0] : 0.f;
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) store(logits + j, gradient(load(logits + j), set1(of_mean)));
-  if (j < n) store_n(logits + j, gradient(load_n(logits + j, n - j), set1(of_mean)), n - j);
-  if (holds_target) logits[target] = at_target;
+  G* out = reinterpret_cast<G*>(logits);
+  for_row(n, [&](int64_t j, auto lanes) { store_n(out + j, gradient(load_n(logits + j, lanes), set1(of_mean)), lanes); });
+  if (holds_target) out[target] = from_float<G>(at_target);
 }
 
 template <class T>
 void run(const LinearCrossEntropyParams& p, const Parallel& par) {
+  using G = typename GemmProduct<T, T>::type::Value;
+  constexpr int64_t kGradientStride = kTileStride * sizeof(float) / sizeof(G);
   const T* weight = static_cast<const T*>(p.weight);
   const bool gradients = p.dhidden || p.dweight;
   // Small vocabularies are cut finer, so that there is work for every thread.
@@ -146,6 +149,7 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
   const int64_t vocab_blocks = blocks(p.vocab, vocab_block);
   int64_t chunk_size = kMaxChunk;
   if (gradients && chunk_size * p.vocab > kChunkLogits) chunk_size = kChunkLogits / p.vocab;
+  if (chunk_size > kBlockM) chunk_size -= chunk_size % kBlockM;  // no small remainder for every block of the weight
   if (chunk_size < kMinChunk) chunk_size = kMinChunk;
   if (chunk_size > p.count) chunk_size = p.count;
   const bool adjacent = p.count == 0 || p.tokens[p.count - 1] - p.tokens[0] == p.count - 1;
@@ -176,10 +180,10 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
     parallel_tasks(par, vocab_blocks, [&](int64_t block, int64_t worker) {
       const int64_t word = block * vocab_block, words = at_most(p.vocab - word, vocab_block);
       float* tile = chunk.tiles + block * chunk.size * kTileStride;
-      for (int64_t i = 0; i < chunk.size; ++i) differentiate(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
+      for (int64_t i = 0; i < chunk.size; ++i) differentiate<G>(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
       if (p.dweight)
-        gemm(words, p.dim, chunk.size, Matrix<float>{tile, 1, kTileStride}, chunk.hidden, dweight + word * p.dim, p.dim,
-             begin > 0, workers.packing(worker));
+        gemm(words, p.dim, chunk.size, Matrix<G>{reinterpret_cast<const G*>(tile), 1, kGradientStride}, chunk.hidden,
+             dweight + word * p.dim, p.dim, begin > 0, workers.packing(worker));
     });
     if (!p.dhidden) continue;
     const int64_t dim_blocks = blocks(p.dim, kDimBlock);
@@ -190,7 +194,7 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
       for (int64_t block = 0; block < vocab_blocks; ++block) {
         const float* tile = chunk.tiles + (block * chunk.size + first) * kTileStride;
         gemm(rows_here, columns, at_most(p.vocab - block * vocab_block, vocab_block),
-             Matrix<float>{tile, kTileStride, 1},
+             Matrix<G>{reinterpret_cast<const G*>(tile), kGradientStride, 1},
              Matrix<T>{weight + block * vocab_block * p.weight_stride + column, p.weight_stride, 1}, sum, columns,
              block > 0, workers.packing(worker));
       }

@@ -31,7 +31,7 @@ struct GroupedGemmWeightGradParams {
   void* dweight;           // (num_experts, n, k), contiguous
 };
 
-LLMCORE_CPU_KERNEL(grouped_gemm, GroupedGemmParams)
-LLMCORE_CPU_KERNEL(grouped_gemm_weight_grad, GroupedGemmWeightGradParams)
+LLMCORE_CPU_KERNEL_BF16(grouped_gemm, GroupedGemmParams)
+LLMCORE_CPU_KERNEL_BF16(grouped_gemm_weight_grad, GroupedGemmWeightGradParams)
 
 }  // namespace llmcore

@@ -27,6 +27,6 @@ struct LinearCrossEntropyParams {
   void* dweight;  // (vocab, dim), contiguous; or null
 };
 
-LLMCORE_CPU_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
+LLMCORE_CPU_KERNEL_BF16(linear_cross_entropy, LinearCrossEntropyParams)
 
 }  // namespace llmcore
