@@ -12,8 +12,10 @@ from torch import Tensor
 
 from llmcore.ops import OpSpec, Sample, registry
 
-# Relative error (Frobenius norm) up to which two implementations count as computing the same thing.
+# Relative error (Frobenius norm) up to which an implementation counts as computing what the reference computes.
 AGREE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# torch's own operator may be coarser: its layer_norm sums bf16 weight gradients over the rows in bf16.
+PEER_AGREE = {**AGREE, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Case:
             for i, (got, want) in enumerate(zip(self.call(function), expected)):
                 if not want.is_floating_point():
                     continue
+                agree = (PEER_AGREE if name == "torch" else AGREE)[self.dtype]
                 error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
-                assert error <= AGREE[self.dtype], f"{self.name}: {name}'s tensor {i} is off by {error:.1e}"
+                assert error <= agree, f"{self.name}: {name}'s tensor {i} is off by {error:.1e}"
 
     def work(self) -> tuple[str, float]:
         """("flop" or "byte", how many in one call); a backward pass counts 2.5 forward passes for attention, else 2."""

@@ -154,7 +154,8 @@ Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype) {
 
 Tensor sum_partials(const Tensor& partials, ScalarType dtype) {
   const std::array<int64_t, 1> first{0};
-  return torch::stable::sum(partials, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1), false, dtype);
+  const Tensor sum = torch::stable::sum(partials, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1));
+  return dtype == ScalarType::Float ? sum : torch::stable::to(sum, dtype);  // summed in float32, rounded once
 }
 
 Parallel torch_parallel() {

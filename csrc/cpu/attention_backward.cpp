@@ -159,13 +159,13 @@ class Backward {
   static void pack_columns(float* out, const float* rows, int64_t stride, int64_t dim, int64_t count, int64_t steps) {
     for (int64_t j = 0; j < dim; j += kPanel)
       pack_rows<kPanel>(out + j * steps, min64(kPanel, dim - j), count,
-                       [&](int64_t r) { return rows + r * stride + j; });
+                        [&](int64_t r) { return rows + r * stride + j; });
   }
   static void pack_columns(uint32_t* out, const uint32_t* rows, int64_t stride, int64_t dim, int64_t count,
                            int64_t steps) {
     for (int64_t j = 0; j < dim; j += kPanel)
       pack_rows<kPanel>(out + j * steps, min64(kPanel, dim - j), count,
-                [&](int64_t r) { return reinterpret_cast<const bf16*>(rows + r * stride) + j; });
+                        [&](int64_t r) { return reinterpret_cast<const bf16*>(rows + r * stride) + j; });
   }
 
   // One block of queries against the keys [key0, key0 + count).

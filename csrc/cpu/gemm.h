@@ -128,57 +128,57 @@ inline void multiply_panels(int64_t rows, int64_t panels, int64_t steps, const t
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// A matrix by strides: element (i, j) at data[i * row_stride + j * col_stride]. Fast when one stride is 1.
+// A matrix by strides: element (i, j) at data[i * row_stride + j * col_stride]. One of the two is 1.
 template <class T>
 struct Matrix {
   const T* data;
   int64_t row_stride, col_stride;
 };
 
-// out (k, Width): out[s * Width + i] = row i's element s, for `count` <= Width rows that start at row(i) and whose
-// elements are adjacent; the rest of each step is zero. A transpose: rows become columns. RowFn: i -> const T*.
+// out (k, Width): out[s * Width + i] = row i's element s, for `count` rows, 1 <= count <= Width, that start at row(i)
+// and whose elements are adjacent; the last row stands in for the missing ones. A transpose: rows become columns.
+// RowFn: i -> const T*.
 template <int Width, class RowFn>
 inline void pack_transposed(float* out, int64_t count, int64_t k, const RowFn& row) {
 #pragma GCC unroll 4
   for (int i = 0; i < Width; i += kLanes) {
     const int lanes = Width - i < kLanes ? Width - i : kLanes;
+    decltype(row(0)) in[kLanes];
+    for (int r = 0; r < kLanes; ++r) in[r] = row(i + r < count ? i + r : count - 1);
     int64_t s = 0;
     for (; s + kLanes <= k; s += kLanes) {
       vu block[kLanes];
-      for (int r = 0; r < kLanes; ++r)
-        block[r] = r < lanes && i + r < count ? bit_cast<vu>(load(row(i + r) + s)) : vu{};
+      for (int r = 0; r < kLanes; ++r) block[r] = r < lanes ? bit_cast<vu>(load(in[r] + s)) : vu{};
       transpose(block);
       for (int r = 0; r < kLanes; ++r) __builtin_memcpy(out + (s + r) * Width + i, &block[r], lanes * sizeof(float));
     }
-    for (int r = 0; r < lanes; ++r)
-      for (int64_t t = s; t < k; ++t) out[t * Width + i + r] = i + r < count ? to_float(row(i + r)[t]) : 0.f;
+    for (; s < k; ++s)
+      for (int r = 0; r < lanes; ++r) out[s * Width + i + r] = to_float(in[r][s]);
   }
 }
 
 // The same for bf16 pairs: out (ceil(k / 2), Width) of pairs (s, s + 1); an odd last element is paired with 0.
 template <int Width, class RowFn>
 inline void pack_transposed(uint32_t* out, int64_t count, int64_t k, const RowFn& row) {
-  const int64_t pairs = k / 2;
 #pragma GCC unroll 4
   for (int i = 0; i < Width; i += kLanes) {
     const int lanes = Width - i < kLanes ? Width - i : kLanes;
+    const bf16* in[kLanes];
+    for (int r = 0; r < kLanes; ++r) in[r] = row(i + r < count ? i + r : count - 1);
     int64_t s = 0;
-    for (; s + kLanes <= pairs; s += kLanes) {
+    for (; s + kLanes <= k / 2; s += kLanes) {
       vu block[kLanes];
       for (int r = 0; r < kLanes; ++r) {
         block[r] = vu{};
-        if (r < lanes && i + r < count) __builtin_memcpy(&block[r], row(i + r) + 2 * s, sizeof(vu));
+        if (r < lanes) __builtin_memcpy(&block[r], in[r] + 2 * s, sizeof(vu));
       }
       transpose(block);
       for (int r = 0; r < kLanes; ++r) __builtin_memcpy(out + (s + r) * Width + i, &block[r], lanes * sizeof(uint32_t));
     }
-    for (int r = 0; r < lanes; ++r) {
-      const bf16* in = i + r < count ? row(i + r) : nullptr;
-      for (int64_t t = s; t < (k + 1) / 2; ++t) {
-        const uint32_t lo = in ? in[2 * t].bits : 0, hi = in && 2 * t + 1 < k ? in[2 * t + 1].bits : 0;
-        out[t * Width + i + r] = lo | hi << 16;
-      }
-    }
+    for (; s < (k + 1) / 2; ++s)
+      for (int r = 0; r < lanes; ++r)
+        out[s * Width + i + r] =
+            in[r][2 * s].bits | (2 * s + 1 < k ? static_cast<uint32_t>(in[r][2 * s + 1].bits) << 16 : 0);
   }
 }
 
@@ -243,7 +243,7 @@ struct GemmProduct<bf16, bf16> {
 
 // Blocks, in steps of k: a panel of B (256 x kPanel elements) then takes 32 KiB with AVX-512, its block (256 x 256) a
 // quarter of a 1 MiB L2. Sums are still formed in chains of kChainSteps.
-constexpr int64_t kBlockSteps = 2 * kChainSteps, kBlockN = 256, kBlockM = 20 * kTileRows;
+constexpr int64_t kBlockSteps = 2 * kChainSteps, kBlockN = 256, kBlockM = 22 * kTileRows;
 
 // Operands are packed as 32-bit elements: floats, or pairs of bf16.
 struct GemmScratch {
@@ -261,16 +261,6 @@ struct GemmScratch {
   Scratch<float> a_{kBlockM * kBlockSteps}, b_{kBlockN * kBlockSteps}, edge_{kTileRows * kPanel};
 };
 
-// Step s of row i: a float, or the pair of elements 2s and 2s + 1.
-template <class T>
-LLMCORE_INLINE void pack_element(float* out, const Matrix<T>& m, int64_t i, int64_t s, int64_t) {
-  *out = to_float(m.data[i * m.row_stride + s * m.col_stride]);
-}
-LLMCORE_INLINE void pack_element(uint32_t* out, const Matrix<bf16>& m, int64_t i, int64_t s, int64_t k) {
-  const bf16* at = m.data + i * m.row_stride + 2 * s * m.col_stride;
-  *out = at->bits | static_cast<uint32_t>(2 * s + 1 < k ? at[m.col_stride].bits : 0) << 16;
-}
-
 // m (count, k) in groups of Width rows, each packed as (steps of k, Width); rows beyond count are zero.
 template <int Width, class Elem, class T>
 LLMCORE_NOINLINE void gemm_pack(Elem* out, int64_t count, int64_t k, int64_t steps, Matrix<T> m) {
@@ -278,19 +268,9 @@ LLMCORE_NOINLINE void gemm_pack(Elem* out, int64_t count, int64_t k, int64_t ste
     pack_rows<Width>(out, count, k, [&](int64_t s) { return m.data + s * m.col_stride; });
     return;
   }
-  for (int64_t i = 0; i < count; i += Width) {
-    const int64_t rows = count - i < Width ? count - i : Width;
-    Elem* to = out + i * steps;
-    if (m.col_stride == 1) {
-      pack_transposed<Width>(to, rows, k, [&](int64_t r) { return m.data + (i + r) * m.row_stride; });
-      continue;
-    }
-    for (int64_t s = 0; s < steps; ++s)
-      for (int64_t r = 0; r < Width; ++r) {
-        to[s * Width + r] = 0;
-        if (r < rows) pack_element(to + s * Width + r, m, i + r, s, k);
-      }
-  }
+  for (int64_t i = 0; i < count; i += Width)
+    pack_transposed<Width>(out + i * steps, count - i < Width ? count - i : Width, k,
+                           [&](int64_t r) { return m.data + (i + r) * m.row_stride; });
 }
 
 // c (m, n) = a (m, k) * b (k, n), or c += when `accumulate`; c is float, row-major with c_stride. Single-threaded.

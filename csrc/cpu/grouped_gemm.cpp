@@ -7,7 +7,7 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = 2 * kBlockM, kColumnBlock = kBlockN;  // of one task
+constexpr int64_t kRowBlock = kBlockM, kColumnBlock = 2 * kBlockN;  // of one task
 constexpr int kDirectRows = 4;           // experts with so few rows read their weights once, unpacked
 constexpr int64_t kDirectColumns = 256;  // of one direct task: its sums stay in L1
 

@@ -134,7 +134,8 @@ void differentiate(const LinearCrossEntropyParams& p, float* logits, int64_t fir
   const bool holds_target = target >= 0 && target < n;
   const float at_target = holds_target ? gradient(set1(logits[target]), set1(of_mean + of_target))[0] : 0.f;
   G* out = reinterpret_cast<G*>(logits);
-  for_row(n, [&](int64_t j, auto lanes) { store_n(out + j, gradient(load_n(logits + j, lanes), set1(of_mean)), lanes); });
+  for_row(n,
+          [&](int64_t j, auto lanes) { store_n(out + j, gradient(load_n(logits + j, lanes), set1(of_mean)), lanes); });
   if (holds_target) out[target] = from_float<G>(at_target);
 }
 
@@ -180,7 +181,8 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
     parallel_tasks(par, vocab_blocks, [&](int64_t block, int64_t worker) {
       const int64_t word = block * vocab_block, words = at_most(p.vocab - word, vocab_block);
       float* tile = chunk.tiles + block * chunk.size * kTileStride;
-      for (int64_t i = 0; i < chunk.size; ++i) differentiate<G>(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
+      for (int64_t i = 0; i < chunk.size; ++i)
+        differentiate<G>(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
       if (p.dweight)
         gemm(words, p.dim, chunk.size, Matrix<G>{reinterpret_cast<const G*>(tile), 1, kGradientStride}, chunk.hidden,
              dweight + word * p.dim, p.dim, begin > 0, workers.packing(worker));

@@ -387,7 +387,31 @@ LLMCORE_INLINE vu zip(vu a, vu b) {
 #endif
 }
 
-// Transposes a kLanes x kLanes matrix of 32-bit elements held in rows[]: log2(kLanes) rounds of perfect shuffles.
+// Transposes a kLanes x kLanes matrix of 32-bit elements held in rows[].
+#if defined(__AVX512F__)
+// Within 128-bit lanes first, then whole lanes: shuffles that cost half as much as those across a register.
+LLMCORE_INLINE void transpose(vu (&rows)[kLanes]) {
+  __m512i pairs[16], quads[16], eights[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_maskz_unpacklo_epi32(0xffff, (__m512i)rows[i], (__m512i)rows[i + 1]);
+    pairs[i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, (__m512i)rows[i], (__m512i)rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {  // quads[i + c]: columns c, c + 4, c + 8, c + 12 of rows i .. i + 3
+      quads[i + 2 * j] = _mm512_maskz_unpacklo_epi64(0xff, pairs[i + j], pairs[i + j + 2]);
+      quads[i + 2 * j + 1] = _mm512_maskz_unpackhi_epi64(0xff, pairs[i + j], pairs[i + j + 2]);
+    }
+  for (int c = 0; c < 4; ++c)
+    for (int i = 0; i < 16; i += 8) {  // even, then odd lanes of rows i .. i + 7
+      eights[i + c] = _mm512_maskz_shuffle_i32x4(0xffff, quads[i + c], quads[i + c + 4], 0x88);
+      eights[i + c + 4] = _mm512_maskz_shuffle_i32x4(0xffff, quads[i + c], quads[i + c + 4], 0xdd);
+    }
+  for (int c = 0; c < 8; ++c) {
+    rows[c] = (vu)_mm512_maskz_shuffle_i32x4(0xffff, eights[c], eights[c + 8], 0x88);
+    rows[c + 8] = (vu)_mm512_maskz_shuffle_i32x4(0xffff, eights[c], eights[c + 8], 0xdd);
+  }
+}
+#else  // log2(kLanes) rounds of perfect shuffles
 LLMCORE_INLINE void transpose(vu (&rows)[kLanes]) {
   vu next[kLanes];
   for (int round = 1; round < kLanes; round *= 2) {
@@ -398,6 +422,7 @@ LLMCORE_INLINE void transpose(vu (&rows)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
 }
+#endif
 
 // acc[i] + a[i].lo * b[i].lo + a[i].hi * b[i].hi, where each 32-bit lane of a and b holds two bf16.
 LLMCORE_INLINE vf dot_bf16(vf acc, vu a, vu b) {
