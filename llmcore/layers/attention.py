@@ -71,6 +71,8 @@ class Attention(nn.Module):
         sinks: bool = False,
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads is {num_heads}; accepted: 1 or more")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; accepted: a divisor of num_heads = {num_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.causal = num_heads, num_kv_heads, head_dim, causal

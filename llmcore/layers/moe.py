@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.layers.mlp import GatedMLP, gated
+from llmcore.layers.mlp import GatedMLP, check_gated, gated
 
 BALANCING = ("aux_loss", "bias", "none")
 
@@ -64,10 +64,13 @@ class MoE(nn.Module):
         bias_rate: float = 1e-3,
     ) -> None:
         super().__init__()
+        check_gated(activation)
         if balancing not in BALANCING:
             raise ValueError(f"balancing is {balancing!r}; accepted: {', '.join(map(repr, BALANCING))}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; accepted: 1 to num_experts = {num_experts}")
+        if shared_experts < 0:
+            raise ValueError(f"shared_experts is {shared_experts}; accepted: 0 or more")
         self.num_experts, self.top_k, self.activation = num_experts, top_k, activation
         self.balancing, self.aux_weight, self.bias_rate = balancing, aux_weight, bias_rate
         self.routing = {

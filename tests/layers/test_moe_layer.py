@@ -161,5 +161,9 @@ def test_refuses():
         MoE(8, 8, 4, 2, balancing="loss")
     with pytest.raises(ValueError, match="top_k is 5; accepted: 1 to num_experts = 4"):
         MoE(8, 8, 4, 5)
+    with pytest.raises(ValueError, match="shared_experts is -1; accepted: 0 or more"):
+        MoE(8, 8, 4, 2, shared_experts=-1)
+    with pytest.raises(ValueError, match="activation is 'gelu'; accepted: 'swiglu', 'geglu'"):
+        MoE(8, 8, 4, 2, activation="gelu")
     with pytest.raises(RuntimeError, match="balancing is 'none'"):
         MoE(8, 8, 4, 2, balancing="none").update_expert_bias(torch.ones(4))
