@@ -96,10 +96,19 @@ class MoE(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> MoEOutput:
-        """x: (..., dim); leading dimensions are tokens."""
+        """x: (..., dim); leading dimensions are tokens.
+
+        Raises:
+            FloatingPointError: for a token whose scores are not finite (looked for on the CPU only): no expert is the
+                better choice then.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            finite = torch.isfinite(logits).all(-1)
+            if not finite.all():
+                raise FloatingPointError(f"the router's scores of token {int((~finite).nonzero()[0])} are not finite")
         weights, experts, scores = ops.moe_route(logits, self.top_k, bias=self.expert_bias, **self.routing)
         x_sorted, offsets, row_of = ops.moe_dispatch(tokens, experts, self.num_experts)
         inner = gated(self.activation, ops.grouped_gemm(x_sorted, self.gate_up, offsets))

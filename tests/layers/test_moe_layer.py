@@ -156,6 +156,16 @@ def test_bias_stays_float32_and_is_saved():
     assert "expert_bias" not in MoE(8, 8, 4, 2).state_dict()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_refuses_what_is_not_finite(score, bad):
+    layer = MoE(8, 8, 4, 2, score=score)
+    x = torch.randn(3, 5, 8)
+    x[1, 2, 3] = bad
+    with pytest.raises(FloatingPointError, match="the router's scores of token 7 are not finite"):
+        layer(x)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="balancing is 'loss'; accepted: 'aux_loss', 'bias', 'none'"):
         MoE(8, 8, 4, 2, balancing="loss")
