@@ -109,8 +109,9 @@ def _generators(seed: int | Sequence[int] | None, count: int) -> list[torch.Gene
     seeds = list(seed) if isinstance(seed, Iterable) else range(seed, seed + count)
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} entries; accepted: one per prompt, {count}")
-    if wrong := [s for s in seeds if not 0 <= s < 2**63]:
-        raise ValueError(f"seed is {wrong[0]}; accepted: 0 to 2**63 - 1")
+    for s in seeds:
+        if not -(2**63) <= s < 2**64:
+            raise ValueError(f"seed is {s}; accepted: -2**63 to 2**64 - 1")
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 

@@ -153,8 +153,8 @@ def test_refuses():
             generate(model, bad, max_tokens=5)
     with pytest.raises(ValueError, match=r"max_tokens is 1\.5; accepted: 1 or more"):
         generate(model, [[1]], max_tokens=1.5)
-    with pytest.raises(ValueError, match=r"seed is -1; accepted: 0 to 2\*\*63 - 1"):
-        generate(model, [[1], [2]], max_tokens=5, seed=-1)
+    with pytest.raises(ValueError, match=r"seed is 18446744073709551616; accepted: -2\*\*63 to 2\*\*64 - 1"):
+        generate(model, [[1], [2]], max_tokens=5, seed=2**64 - 1)
     model = make(llama("tiny", tied_embeddings=False))
     model.embed_tokens.weight.data[3] = float("nan")
     with pytest.raises(ValueError, match="logits of row 1 have the maximum nan"):
