@@ -21,6 +21,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if value in accepted:
             return value
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value!r}; accepted: what 64 bits hold")
     if float in accepted and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}; accepted: a finite number")

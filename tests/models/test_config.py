@@ -46,6 +46,8 @@ def test_round_trip_through_json(preset):
         ({"logit_softcap": float("inf")}, ValueError, "logit_softcap is inf; accepted: a finite number"),
         ({"norm_eps": float("nan")}, ValueError, "norm_eps is nan; accepted: a finite number"),
         ({"moe": MOE | {"scale": float("inf")}}, ValueError, "moe.scale is inf; accepted: a finite number"),
+        ({"vocab_size": 2**63}, ValueError, "vocab_size is 9223372036854775808; accepted: what 64 bits hold"),
+        ({"rope_base": 10**400}, ValueError, "rope_base is 10+; accepted: what 64 bits hold"),
         ({"dropout": 1.0}, ValueError, "dropout is 1.0; accepted: 0 to below 1"),
         ({"dim": "48"}, TypeError, r"dim is '48' \(str\); accepted: int"),
         ({"dim": True}, TypeError, r"dim is True \(bool\); accepted: int"),
