@@ -123,7 +123,9 @@ class MoE(nn.Module):
             return None
         choices = load.float() / load.sum().clamp(min=1)
         # softmax scores sum to 1 already; sigmoid scores are normalised first (DeepSeek-V3, arXiv 2412.19437, eq. 19)
-        share = (scores / scores.sum(-1, keepdim=True)).sum(0) / max(len(scores), 1)
+        # their sum may be 0: the sigmoid of less than -104 is
+        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        share = (scores / total).sum(0) / max(len(scores), 1)
         return self.aux_weight * self.num_experts * (choices * share).sum()
 
     @torch.no_grad()

@@ -101,6 +101,17 @@ def test_aux_loss(score):
     torch.testing.assert_close(layer(x).aux_loss, torch.tensor(0.5))
 
 
+def test_scores_that_vanish_have_a_finite_loss_and_gradient():
+    layer = MoE(16, 12, 4, 2, score="sigmoid")
+    layer.router.weight.data.fill_(-100.0)  # sigmoid(-1600) is 0
+    x = torch.ones(3, 16, requires_grad=True)
+    out = layer(x)
+    assert out.aux_loss == 0
+    (out.hidden.sum() + out.aux_loss).backward()
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(layer.router.weight.grad).all()
+
+
 def test_descent_on_aux_loss_balances():
     torch.manual_seed(4)
     layer = MoE(16, 12, 8, 1, aux_weight=1.0)
