@@ -296,9 +296,11 @@ class Trainer:
                 self._steps(log, display, stop)
                 self.save()
                 log.write("stop", self.step, signal=stop.signal, elapsed=self.elapsed)
-            except (NonFiniteError, FloatingPointError) as error:
-                # experts refuse what is not finite before there is a loss
-                reason = str(error) if isinstance(error, NonFiniteError) else self._stopped(str(error))
+            except NonFiniteError as error:
+                log.write("stop", self.step, reason=str(error), elapsed=self.elapsed)
+                raise
+            except FloatingPointError as error:  # experts refuse what is not finite before there is a loss
+                reason = self._stopped(str(error))
                 log.write("stop", self.step, reason=reason, elapsed=self.elapsed)
                 raise NonFiniteError(reason) from None
             finally:

@@ -189,43 +189,6 @@ def test_missing_and_empty_folders(tmp_path):
         save(tmp_path, 1, keep_last=0)
 
 
-WRITER = """
-import sys, torch
-from llmcore.checkpoints import save_checkpoint
-tensors = {f"t{i}": torch.full((20000,), 0.0) for i in range(8)}
-for step in range(1, 10**6):
-    for t in tensors.values():
-        t.fill_(step)
-    save_checkpoint(sys.argv[1], step, model=tensors, config={}, state={"tokens": step}, keep_last=1 + step % 2)
-    print(step, flush=True)
-"""
-
-
-def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    import random
-    import time
-
-    random.seed(0)
-    last = 0
-    for _ in range(2):
-        command = [sys.executable, "-c", WRITER, str(tmp_path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=IMPORTED_FROM)
-        last = int(process.stdout.readline())  # it has begun to write
-        time.sleep(random.uniform(0.0, 0.3))
-        process.kill()
-        last = max([last, *map(int, process.stdout.read().split())])
-        process.wait()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = load_checkpoint(find_latest(tmp_path))
-        assert checkpoint.step >= last
-        assert all((t == checkpoint.step).all() for t in checkpoint.model.values())
-        for path in tmp_path.glob("step-*"):  # each run counts from 1 again
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
-
-
 class Killed(BaseException):
     """Ends a save where SIGKILL would: no handler of ordinary errors sees it."""
 
@@ -272,3 +235,40 @@ def test_killed_at_every_step_of_a_save_leaves_a_whole_checkpoint(tmp_path, monk
         assert sorted(p.name for p in root.iterdir()) == ["latest", "step-000009"]
         assert load_checkpoint(find_latest(root)).step == 9
     assert kills > 50
+
+
+WRITER = """
+import sys, torch
+from llmcore.checkpoints import save_checkpoint
+tensors = {f"t{i}": torch.full((20000,), 0.0) for i in range(8)}
+for step in range(1, 10**6):
+    for t in tensors.values():
+        t.fill_(step)
+    save_checkpoint(sys.argv[1], step, model=tensors, config={}, state={"tokens": step}, keep_last=1 + step % 2)
+    print(step, flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    import random
+    import time
+
+    random.seed(0)
+    last = 0
+    for _ in range(2):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=IMPORTED_FROM)
+        last = int(process.stdout.readline())  # it has begun to write
+        time.sleep(random.uniform(0.0, 0.3))
+        process.kill()
+        last = max([last, *map(int, process.stdout.read().split())])
+        process.wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = load_checkpoint(find_latest(tmp_path))
+        assert checkpoint.step >= last
+        assert all((t == checkpoint.step).all() for t in checkpoint.model.values())
+        for path in tmp_path.glob("step-*"):  # each run counts from 1 again
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
