@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcore.inference import generate
-from llmcore.layers import Attention
+from llmcore.layers import Attention, MoE
 from llmcore.models import Transformer, gpt2, llama, llama_moe
 from llmcore.training.losses import next_token_loss
 
@@ -176,18 +176,31 @@ def test_qwen3_moe():
     compare(theirs, ours, llama_weights)
 
 
-def test_mixtral_with_its_auxiliary_loss():
-    """One layer: theirs averages over the layers before it multiplies, ours sums the layers' losses. Theirs counts a
-    token once per choice, so that it is top_k in balance, where ours is 1."""
+def test_mixtral():
+    rope = {"rope_type": "default", "rope_theta": 1e6}
     config = transformers.MixtralConfig(
-        **SIZES | {"num_hidden_layers": 1}, num_key_value_heads=2, tie_word_embeddings=False, num_local_experts=6,
-        num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5, sliding_window=None,
+        **SIZES, num_key_value_heads=2, tie_word_embeddings=False, num_local_experts=6, num_experts_per_tok=2,
+        rope_parameters=rope, sliding_window=None,
     )  # fmt: skip
     theirs = randomise(transformers.MixtralForCausalLM(config))
-    moe = NO_SHARED | {"num_experts": 6, "top_k": 2, "ffn_dim": 56, "balancing": "aux_loss", "aux_weight": 0.5 * 2}
-    sizes = OURS | {"num_layers": 1}
-    ours = Transformer(llama_moe("tiny", **sizes, rope_base=1e6, tied_embeddings=False, moe=moe))
+    moe = NO_SHARED | {"num_experts": 6, "top_k": 2, "ffn_dim": 56, "balancing": "none"}
+    ours = Transformer(llama_moe("tiny", **OURS, rope_base=1e6, tied_embeddings=False, moe=moe))
     compare(theirs, ours, llama_weights)
+
+
+def test_auxiliary_loss_of_mixtral():
+    """Theirs counts a token once per choice, so that it is top_k in balance, where ours is 1."""
+    torch.manual_seed(0)
+    layer = MoE(16, 12, 6, 2, aux_weight=1.0)
+    torch.nn.init.normal_(layer.router.weight)
+    x = torch.randn(2, 37, 16)
+    logits = layer.router(x.flatten(0, 1))
+    expected = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func((logits,), 6, top_k=2) / 2
+    loss = layer(x).aux_loss
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    gradients = [torch.autograd.grad(value, layer.router.weight)[0] for value in (loss, expected)]
+    assert gradients[1].abs().max() > 0.01
+    torch.testing.assert_close(*gradients, **TOLERANCE)
 
 
 def test_glm4_moe():
