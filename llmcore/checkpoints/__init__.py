@@ -3,6 +3,7 @@
 from llmcore.checkpoints.store import (
     Checkpoint,
     CheckpointError,
+    check_tensors,
     copy_tensors,
     find_latest,
     list_checkpoints,
@@ -16,6 +17,7 @@ from llmcore.checkpoints.store import (
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "check_tensors",
     "copy_tensors",
     "find_latest",
     "list_checkpoints",

@@ -65,13 +65,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.no_grad()
-def copy_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy ``tensors`` over the tensors of the same names in ``into``.
-
-    All names, shapes and dtypes are checked before the first is copied; a difference raises :class:`CheckpointError`
-    naming ``source`` and the tensor.
-    """
+def check_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise :class:`CheckpointError` naming ``source`` and the tensor unless ``tensors`` has the names, shapes and
+    dtypes of ``into``."""
     missing, extra = sorted(into.keys() - tensors.keys()), sorted(tensors.keys() - into.keys())
     if missing:
         raise CheckpointError(f"{source}: tensor {missing[0]!r} is missing ({len(missing)} missing in all)")
@@ -85,6 +81,12 @@ def copy_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
             )
         if have.dtype != want.dtype:
             raise CheckpointError(f"{source}: tensor {name!r} is {have.dtype}; this model holds it as {want.dtype}")
+
+
+@torch.no_grad()
+def copy_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy ``tensors`` over the tensors of the same names in ``into``, after :func:`check_tensors`."""
+    check_tensors(into, tensors, source)
     for name, target in into.items():
         target.copy_(tensors[name])
 
@@ -230,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object")

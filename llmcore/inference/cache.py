@@ -86,7 +86,9 @@ class PagedKVCache:
             self.k_caches,
             self.v_caches,
             slot_mapping=self._tensor(slots, torch.int64),
-            block_table=self._tensor([table + [0] * (width - len(table)) for table in tables], torch.int32),
+            block_table=self._tensor([table + [0] * (width - len(table)) for table in tables], torch.int32).view(
+                len(tables), width
+            ),
             kv_lens=self._tensor([self.lengths[s] for s in sequences], torch.int32),
             positions=self._tensor(positions, torch.int64),
             cu_seqlens_q=None if all(count == 1 for count in counts) else self._tensor(starts, torch.int32),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.sampling import check_sampling, draw, probabilities
-from llmcore.models import Transformer
+from llmcore.models import ModelConfig, Transformer
 
 
 @torch.no_grad()
@@ -30,7 +32,7 @@ def generate(
 
     Args:
         model: runs in evaluation mode, in its own dtype and on its own device.
-        prompts: token ids, at least one per prompt.
+        prompts: token ids, at least one per prompt; a (batch, seq) tensor will do.
         max_tokens: the most new tokens per prompt.
         temperature, top_k, top_p, min_p: see `llmcore.inference.sampling.probabilities`; temperature 0 is greedy.
         seed: one seed per prompt, or one number s that stands for s, s + 1, ...; None draws it. Each prompt has a
@@ -44,28 +46,20 @@ def generate(
     Raises:
         ValueError: for an empty prompt, a token id outside the vocabulary, a setting out of its range, or a prompt
             that with max_tokens is longer than the model's max_positions.
+        TypeError: for a prompt that is no sequence of integers.
     """
     check_sampling(temperature, top_k, top_p, min_p)
-    if max_tokens < 1:
+    if not isinstance(max_tokens, Integral) or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; accepted: 1 or more")
-    config = model.config
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty; accepted: at least one token")
-        if config.position != "none" and len(prompt) + max_tokens > config.max_positions:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens and max_tokens is {max_tokens}; accepted: together at most "
-                f"max_positions = {config.max_positions}"
-            )
-    if not prompts:
+    inputs = _token_ids(prompts, max_tokens, model.config)
+    if not inputs:
         return []
-    generators = _generators(seed, len(prompts))
+    generators = _generators(seed, len(inputs))
     weight = model.lm_head_weight
-    num_blocks = sum(PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in prompts)
-    cache = PagedKVCache(config, num_blocks, dtype=weight.dtype, device=weight.device)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))
-    inputs = [list(prompt) for prompt in prompts]
+    num_blocks = sum(PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in inputs)
+    cache = PagedKVCache(model.config, num_blocks, dtype=weight.dtype, device=weight.device)
+    outputs: list[list[int]] = [[] for _ in inputs]
+    running = list(range(len(inputs)))
     was_training = model.training
     model.eval()
     try:
@@ -86,12 +80,38 @@ def generate(
     return outputs
 
 
+def _token_ids(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> list[list[int]]:
+    """The prompts as lists of integers, checked."""
+    ids = []
+    for index, prompt in enumerate(prompts):
+        try:
+            tokens = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise TypeError(f"prompt {index} is {prompt!r}; accepted: a sequence of token ids") from None
+        if not tokens:
+            raise ValueError(f"prompt {index} is empty; accepted: at least one token")
+        if wrong := [token for token in tokens if not 0 <= token < config.vocab_size]:
+            raise ValueError(
+                f"prompt {index} holds token id {wrong[0]}; accepted: 0 to vocab_size - 1 = {config.vocab_size - 1}"
+            )
+        if config.position != "none" and len(tokens) + max_tokens > config.max_positions:
+            raise ValueError(
+                f"prompt {index} has {len(tokens)} tokens and max_tokens is {max_tokens}; accepted: together at most "
+                f"max_positions = {config.max_positions}"
+            )
+        ids.append(tokens)
+    return ids
+
+
 def _generators(seed: int | Sequence[int] | None, count: int) -> list[torch.Generator]:
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    seeds = range(seed, seed + count) if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Iterable) else range(seed, seed + count)
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} entries; accepted: one per prompt, {count}")
+    for s in seeds:
+        if not -(2**63) <= s < 2**64:
+            raise ValueError(f"seed is {s}; accepted: -2**63 to 2**64 - 1")
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 

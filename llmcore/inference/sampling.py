@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def check_sampling(
     """Raises a ValueError that names the first value out of its range."""
     for name, value, good, accepted in (
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or above"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
+        ("top_k", top_k, top_k is None or (isinstance(top_k, Integral) and top_k >= 1), "1 or more, or None"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, to 1, or None"),
         ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "0 to 1, or None"),
     ):

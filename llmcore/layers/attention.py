@@ -41,11 +41,11 @@ class Attention(nn.Module):
     multi-query attention. Rows of `qkv.weight`: the query heads, then the key heads, then the value heads.
 
     Args:
-        dim: features of the residual stream.
+        dim: features in and out.
         num_heads, num_kv_heads: query heads, and key and value heads; the second divides the first.
         head_dim: features of one head.
         qkv_bias, out_bias: biases of the two projections.
-        qk_norm: RMS norm over head_dim on queries and keys before the rotation (arXiv 2302.05442).
+        qk_norm: RMS norm over head_dim, with norm_eps, on queries and keys before the rotation (arXiv 2302.05442).
         causal: a token sees no later token.
         window: a token sees the keys less than `window` positions away: itself and `window - 1` before it.
         scale: of the logits, 1 / sqrt(head_dim) when None.
@@ -71,6 +71,8 @@ class Attention(nn.Module):
         sinks: bool = False,
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads is {num_heads}; accepted: 1 or more")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; accepted: a divisor of num_heads = {num_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.causal = num_heads, num_kv_heads, head_dim, causal

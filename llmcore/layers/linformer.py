@@ -20,6 +20,7 @@ class LinformerAttention(nn.Module):
         num_heads: heads of dim / num_heads features each.
         max_positions: longest sequence.
         k_proj: rows that keys and values are projected to.
+        bias: of `qkv` and `out`.
     """
 
     def __init__(self, dim: int, num_heads: int, max_positions: int, k_proj: int, bias: bool = False) -> None:

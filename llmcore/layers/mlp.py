@@ -11,6 +11,11 @@ GATED = ("swiglu", "geglu")
 ACTIVATIONS = (*GATED, "gelu")
 
 
+def check_gated(activation: str) -> None:
+    if activation not in GATED:
+        raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, GATED))}")
+
+
 def gated(activation: str, gate_up: Tensor) -> Tensor:
     """act(gate) * up (arXiv 2002.05202) of the halves of gate_up, (..., 2 * ffn_dim). Gives (..., ffn_dim)."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -22,8 +27,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, activation: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
-        if activation not in GATED:
-            raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, GATED))}")
+        check_gated(activation)
         self.activation = activation
         self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=bias)
         self.down = nn.Linear(ffn_dim, dim, bias=bias)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.layers.mlp import GatedMLP, gated
+from llmcore.layers.mlp import GatedMLP, check_gated, gated
 
 BALANCING = ("aux_loss", "bias", "none")
 
@@ -64,10 +64,13 @@ class MoE(nn.Module):
         bias_rate: float = 1e-3,
     ) -> None:
         super().__init__()
+        check_gated(activation)
         if balancing not in BALANCING:
             raise ValueError(f"balancing is {balancing!r}; accepted: {', '.join(map(repr, BALANCING))}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; accepted: 1 to num_experts = {num_experts}")
+        if shared_experts < 0:
+            raise ValueError(f"shared_experts is {shared_experts}; accepted: 0 or more")
         self.num_experts, self.top_k, self.activation = num_experts, top_k, activation
         self.balancing, self.aux_weight, self.bias_rate = balancing, aux_weight, bias_rate
         self.routing = {
@@ -93,10 +96,19 @@ class MoE(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> MoEOutput:
-        """x: (..., dim); leading dimensions are tokens."""
+        """x: (..., dim); leading dimensions are tokens.
+
+        Raises:
+            FloatingPointError: for a token whose scores are not finite (looked for on the CPU only): no expert is the
+                better choice then.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            finite = torch.isfinite(logits).all(-1)
+            if not finite.all():
+                raise FloatingPointError(f"the router's scores of token {int((~finite).nonzero()[0])} are not finite")
         weights, experts, scores = ops.moe_route(logits, self.top_k, bias=self.expert_bias, **self.routing)
         x_sorted, offsets, row_of = ops.moe_dispatch(tokens, experts, self.num_experts)
         inner = gated(self.activation, ops.grouped_gemm(x_sorted, self.gate_up, offsets))
@@ -111,7 +123,9 @@ class MoE(nn.Module):
             return None
         choices = load.float() / load.sum().clamp(min=1)
         # softmax scores sum to 1 already; sigmoid scores are normalised first (DeepSeek-V3, arXiv 2412.19437, eq. 19)
-        share = (scores / scores.sum(-1, keepdim=True)).sum(0) / max(len(scores), 1)
+        # their sum may be 0: the sigmoid of less than -104 is
+        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        share = (scores / total).sum(0) / max(len(scores), 1)
         return self.aux_weight * self.num_experts * (choices * share).sum()
 
     @torch.no_grad()

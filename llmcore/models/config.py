@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -20,7 +21,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if value in accepted:
             return value
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value!r}; accepted: what 64 bits hold")
+    if float in accepted and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}; accepted: a finite number")
         return float(value)
     if isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool)):
         return value
@@ -188,10 +193,10 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
         if self.position == "rope":
             _require(0 < self.rope_fraction <= 1, "rope_fraction", self.rope_fraction, "above 0, to 1")
-            rotary_dim = self.rope_fraction * self.head_dim
+            exact = self.rope_fraction * self.head_dim  # but for a rounding: 28 / 43 * 43 is not 28
             _require(
-                rotary_dim == self.rotary_dim and rotary_dim >= 2,
-                "rope_fraction * head_dim", rotary_dim, f"an even whole number (head_dim is {self.head_dim})",
+                abs(exact - self.rotary_dim) < 1e-6 and self.rotary_dim % 2 == 0 and self.rotary_dim >= 2,
+                "rope_fraction * head_dim", exact, f"an even whole number (head_dim is {self.head_dim})",
             )  # fmt: skip
         if self.moe is not None:
             _require(self.activation != "gelu", "activation", self.activation, "'swiglu' or 'geglu' with experts")
@@ -218,7 +223,7 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """Rotated features of a head."""
-        return int(self.rope_fraction * self.head_dim) // 2 * 2
+        return round(self.rope_fraction * self.head_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the configuration back."""

@@ -145,14 +145,16 @@ class Transformer(nn.Module):
             tokens: integers below vocab_size: (batch, seq); or packed (total,), with cu_seqlens or cache.
             positions: integers shaped as tokens; without, each sequence (or the cache) counts on from 0.
             cu_seqlens: (documents + 1,) int32, where each packed document begins; the last entry is total.
-            max_seqlen: the longest document, where it is known; computed from cu_seqlens otherwise.
+            max_seqlen: the longest document, where it is known: compared with max_positions without a look at the data.
             cache: attends over a paged cache and extends it (see `llmcore.inference.PagedKVCache`).
 
         Raises:
-            ValueError: for a token id or position that has no row in its table (looked for on the CPU only), or a
-                sequence longer than max_positions; names the value.
+            ValueError: for a wrong shape, a token id or position that has no row in its table or offsets that don't
+                cover the tokens (both looked for on the CPU only), or a sequence longer than max_positions; names
+                the value.
+            TypeError: for tokens that are no integers.
         """
-        self._check_shape(tokens, cu_seqlens, cache)
+        self._check(tokens, positions, cu_seqlens, cache)
         if cache is not None and positions is None:
             positions = cache.positions
         elif cu_seqlens is not None and positions is None and self.config.position != "none":
@@ -183,13 +185,26 @@ class Transformer(nn.Module):
             torch.stack([out.expert_load for out in routed]) if routed else None,
         )
 
-    def _check_shape(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: CacheStep | None) -> None:
+    def _check(
+        self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, cache: CacheStep | None
+    ) -> None:
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens has dtype {tokens.dtype}; accepted: torch.int32, torch.int64")
         packed = cu_seqlens is not None or cache is not None
         if tokens.ndim != (1 if packed else 2):
             wanted = "(total,) with cu_seqlens or cache" if packed else "(batch, seq), or (total,) with cu_seqlens"
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; accepted: {wanted}")
         if cu_seqlens is not None and cache is not None:
             raise ValueError("cu_seqlens and cache are both given; a cache has its own cu_seqlens_q")
+        if positions is not None and positions.shape != tokens.shape:
+            raise ValueError(f"positions has shape {tuple(positions.shape)}; accepted: {tuple(tokens.shape)}, tokens'")
+        if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        offsets = cu_seqlens.tolist() if cu_seqlens.ndim == 1 and cu_seqlens.dtype == torch.int32 else []
+        if offsets[:1] != [0] or offsets[-1] != len(tokens) or offsets != sorted(offsets):
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens}; accepted: torch.int32 offsets rising from 0 to {len(tokens)} tokens"
+            )
 
     def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         x = self.embed_tokens(tokens)

@@ -299,6 +299,10 @@ class Trainer:
             except NonFiniteError as error:
                 log.write("stop", self.step, reason=str(error), elapsed=self.elapsed)
                 raise
+            except FloatingPointError as error:  # experts refuse what is not finite before there is a loss
+                reason = self._stopped(str(error))
+                log.write("stop", self.step, reason=reason, elapsed=self.elapsed)
+                raise NonFiniteError(reason) from None
             finally:
                 log.close()
         if not plot_losses(read_log(log.path), self.run_dir / "loss.png", self.title):

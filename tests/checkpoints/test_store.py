@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,7 @@ from llmcore.checkpoints import (
     model_tensors,
     resolve,
     save_checkpoint,
+    store,
 )
 
 IMPORTED_FROM = Path(llmcore.__file__).parent.parent  # where a subprocess finds the llmcore under test
@@ -85,6 +87,7 @@ def flip_bit(path: Path) -> None:
 
 FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 DAMAGE = {
+    "nested too deep": lambda p: p.write_text("[" * 100_000),
     "truncated": lambda p: p.write_bytes(p.read_bytes()[:-9]),
     "emptied": lambda p: p.write_bytes(b""),
     "deleted": Path.unlink,
@@ -184,6 +187,54 @@ def test_missing_and_empty_folders(tmp_path):
         resolve(tmp_path)
     with pytest.raises(ValueError, match="keep_last is 0"):
         save(tmp_path, 1, keep_last=0)
+
+
+class Killed(BaseException):
+    """Ends a save where SIGKILL would: no handler of ordinary errors sees it."""
+
+
+def test_killed_at_every_step_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Every call that changes the folder is in turn the last one made, while a checkpoint of a new step is written and
+    while one of the same step is replaced."""
+    left = None
+
+    def killing(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left = None if left is None else left - 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync"):
+        monkeypatch.setattr(os, name, killing(getattr(os, name)))
+    monkeypatch.setattr(store, "save_file", killing(store.save_file))
+    monkeypatch.setattr(Path, "write_text", killing(Path.write_text))
+    kills = 0
+    for start in range(1000):
+        root = tmp_path / str(start)
+        left = None
+        for step in (1, 2):
+            save(root, step, config={"save": step})
+        left, last = start, 2
+        try:
+            for number, step in ((3, 2), (4, 3), (5, 4)):  # the first replaces
+                save(root, step, config={"save": number}, keep_last=2)
+                last = number
+            break
+        except Killed:
+            kills += 1
+        left = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = load_checkpoint(find_latest(root))
+        assert checkpoint.config["save"] in (last, last + 1)
+        save(root, 9, keep_last=1)
+        assert sorted(p.name for p in root.iterdir()) == ["latest", "step-000009"]
+        assert load_checkpoint(find_latest(root)).step == 9
+    assert kills > 50
 
 
 WRITER = """

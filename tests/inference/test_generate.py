@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,12 +146,33 @@ def test_refuses():
         generate(model, [[1]], max_tokens=0)
     with pytest.raises(ValueError, match=r"prompt 0 has 200 tokens and max_tokens is 57; .* max_positions = 256"):
         generate(model, [[1] * 200], max_tokens=57)
-    with pytest.raises(ValueError, match="token id 512 at index"):
-        generate(model, [[1, 512]], max_tokens=5)
+    with pytest.raises(ValueError, match="prompt 1 holds token id 512; accepted: 0 to vocab_size - 1 = 511"):
+        generate(model, [[1], [1, 512]], max_tokens=5)
+    for bad, shown in (([[1], "text"], "1 is 'text'"), ([7, 8], "0 is 7"), ([[1.5]], r"0 is \[1.5\]")):
+        with pytest.raises(TypeError, match=f"prompt {shown}; accepted: a sequence of token ids"):
+            generate(model, bad, max_tokens=5)
+    with pytest.raises(ValueError, match=r"max_tokens is 1\.5; accepted: 1 or more"):
+        generate(model, [[1]], max_tokens=1.5)
+    with pytest.raises(ValueError, match=r"seed is 18446744073709551616; accepted: -2\*\*63 to 2\*\*64 - 1"):
+        generate(model, [[1], [2]], max_tokens=5, seed=2**64 - 1)
+    model = make(llama("tiny", tied_embeddings=False))
+    model.embed_tokens.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="logits of row 1 have the maximum nan"):
+        generate(model, [[1], [3]], max_tokens=5)
     with pytest.raises(ValueError, match="seed has 1 entries; accepted: one per prompt, 2"):
         generate(model, [[1], [2]], max_tokens=5, seed=[1])
     with pytest.raises(ValueError, match="top_k is 0"):
         generate(model, [[1]], max_tokens=5, top_k=0)
+
+
+def test_prompts_as_tensors():
+    model = make(llama("tiny"))
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    expected = generate(model, prompts, max_tokens=5, temperature=0)
+    assert generate(model, torch.tensor(prompts), max_tokens=5, temperature=0) == expected
+    assert generate(model, np.array(prompts), max_tokens=5, temperature=0) == expected
+    first = generate(model, prompts, max_tokens=5, seed=3)
+    assert generate(model, prompts, max_tokens=5, seed=np.int64(3)) == first
 
 
 def test_blocks_are_handed_out_and_back():
@@ -178,6 +200,7 @@ def test_blocks_are_handed_out_and_back():
     cache.extend([30], [16])
     held = [b for blocks in cache.blocks.values() for b in blocks]
     assert sorted(held + cache.free_blocks) == list(range(6))
+    assert cache.extend([], []).block_table.shape == (0, 0)
     with pytest.raises(KeyError, match="sequence 10 is not in the cache"):
         cache.release(10)
     with pytest.raises(ValueError, match="counts are"):

@@ -47,6 +47,28 @@ def test_filters(settings, expected):
     assert kept(**settings) == expected
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.15}],
+    ids=str,
+)
+def test_filters_equal_those_of_transformers(settings):
+    transformers = pytest.importorskip("transformers")
+    warpers = {
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    logits = torch.randn(50, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    expected = logits
+    for name, value in settings.items():  # in transformers' own order
+        expected = warpers[name](value)(None, expected)
+    p = probabilities(logits, **settings)
+    torch.testing.assert_close(p, expected.softmax(-1))
+    assert 1 < (p > 0).sum(-1).double().mean() < 59
+
+
 def test_greedy_takes_the_first_of_equals():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -1.0, -2.0, -3.0]])
     assert probabilities(logits, temperature=0).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
@@ -94,6 +116,7 @@ def test_draw_never_takes_a_token_of_no_probability():
         ({"temperature": -1.0}, r"temperature is -1.0; accepted: 0 \(greedy\) or above"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0; accepted: 1 or more, or None"),
+        ({"top_k": 2.5}, "top_k is 2.5; accepted: 1 or more, or None"),
         ({"top_p": 0.0}, "top_p is 0.0; accepted: above 0, to 1, or None"),
         ({"min_p": 1.5}, "min_p is 1.5; accepted: 0 to 1, or None"),
     ],

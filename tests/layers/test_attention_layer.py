@@ -116,6 +116,8 @@ def test_sinks_take_weight_away():
 def test_refuses_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="num_kv_heads is 3; accepted: a divisor of num_heads = 4"):
         Attention(32, 4, 3, 8)
+    with pytest.raises(ValueError, match="num_heads is 0; accepted: 1 or more"):
+        Attention(32, 0, 1, 8)
 
 
 def test_refuses_packed_tokens_without_positions():

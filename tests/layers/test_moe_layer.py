@@ -101,6 +101,17 @@ def test_aux_loss(score):
     torch.testing.assert_close(layer(x).aux_loss, torch.tensor(0.5))
 
 
+def test_scores_that_vanish_have_a_finite_loss_and_gradient():
+    layer = MoE(16, 12, 4, 2, score="sigmoid")
+    layer.router.weight.data.fill_(-100.0)  # sigmoid(-1600) is 0
+    x = torch.ones(3, 16, requires_grad=True)
+    out = layer(x)
+    assert out.aux_loss == 0
+    (out.hidden.sum() + out.aux_loss).backward()
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(layer.router.weight.grad).all()
+
+
 def test_descent_on_aux_loss_balances():
     torch.manual_seed(4)
     layer = MoE(16, 12, 8, 1, aux_weight=1.0)
@@ -156,10 +167,24 @@ def test_bias_stays_float32_and_is_saved():
     assert "expert_bias" not in MoE(8, 8, 4, 2).state_dict()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_refuses_what_is_not_finite(score, bad):
+    layer = MoE(8, 8, 4, 2, score=score)
+    x = torch.randn(3, 5, 8)
+    x[1, 2, 3] = bad
+    with pytest.raises(FloatingPointError, match="the router's scores of token 7 are not finite"):
+        layer(x)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="balancing is 'loss'; accepted: 'aux_loss', 'bias', 'none'"):
         MoE(8, 8, 4, 2, balancing="loss")
     with pytest.raises(ValueError, match="top_k is 5; accepted: 1 to num_experts = 4"):
         MoE(8, 8, 4, 5)
+    with pytest.raises(ValueError, match="shared_experts is -1; accepted: 0 or more"):
+        MoE(8, 8, 4, 2, shared_experts=-1)
+    with pytest.raises(ValueError, match="activation is 'gelu'; accepted: 'swiglu', 'geglu'"):
+        MoE(8, 8, 4, 2, activation="gelu")
     with pytest.raises(RuntimeError, match="balancing is 'none'"):
         MoE(8, 8, 4, 2, balancing="none").update_expert_bias(torch.ones(4))

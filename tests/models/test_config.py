@@ -18,6 +18,7 @@ def test_sizes_that_follow():
     assert (config.num_kv_heads, config.head_dim, config.ffn_dim, config.rotary_dim) == (4, 12, 128, 12)
     assert ModelConfig(**BASE, activation="gelu").ffn_dim == 192
     assert ModelConfig(**BASE, rope_fraction=0.5).rotary_dim == 6
+    assert ModelConfig(**BASE, head_dim=43, rope_fraction=28 / 43).rotary_dim == 28  # the product is 27.999...
     assert ModelConfig(**BASE | {"num_heads": 5}, head_dim=8).head_dim == 8
 
 
@@ -42,6 +43,11 @@ def test_round_trip_through_json(preset):
         ({"rope_fraction": 0.3}, ValueError, r"rope_fraction \* head_dim is 3.*an even whole number"),
         ({"window": 0}, ValueError, "window is 0; accepted: 1 or more"),
         ({"logit_softcap": -1.0}, ValueError, "logit_softcap is -1.0; accepted: above 0, or None"),
+        ({"logit_softcap": float("inf")}, ValueError, "logit_softcap is inf; accepted: a finite number"),
+        ({"norm_eps": float("nan")}, ValueError, "norm_eps is nan; accepted: a finite number"),
+        ({"moe": MOE | {"scale": float("inf")}}, ValueError, "moe.scale is inf; accepted: a finite number"),
+        ({"vocab_size": 2**63}, ValueError, "vocab_size is 9223372036854775808; accepted: what 64 bits hold"),
+        ({"rope_base": 10**400}, ValueError, "rope_base is 10+; accepted: what 64 bits hold"),
         ({"dropout": 1.0}, ValueError, "dropout is 1.0; accepted: 0 to below 1"),
         ({"dim": "48"}, TypeError, r"dim is '48' \(str\); accepted: int"),
         ({"dim": True}, TypeError, r"dim is True \(bool\); accepted: int"),

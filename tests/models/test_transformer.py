@@ -268,5 +268,30 @@ def test_refuses():
         model(text(257)[None])
     with pytest.raises(ValueError, match=r"tokens has shape \(20,\); accepted: \(batch, seq\), or \(total,\)"):
         model(tokens)
+    with pytest.raises(ValueError, match=r"positions has shape \(20,\); accepted: \(1, 20\), tokens'"):
+        model(tokens[None], positions=tokens)
+    with pytest.raises(TypeError, match=r"tokens has dtype torch.float32; accepted: torch.int32, torch.int64"):
+        model(tokens[None].float())
     with pytest.raises(ValueError, match=r"tokens has shape \(1, 20\); accepted: \(total,\) with cu_seqlens"):
         model(tokens[None], cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("position", ["rope", "learned", "none"])
+@pytest.mark.parametrize(
+    "bad", [[0, 19], [3, 20], [0, 21], [0, 15, 10, 20], [-1, 20], [0], [], [[0, 20]], [0.0, 20.0]], ids=str
+)
+def test_refuses_offsets_that_do_not_cover_the_tokens(bad, position):
+    model = Transformer(llama("tiny", position=position))
+    cu_seqlens = torch.tensor(bad) if bad == [0.0, 20.0] else torch.tensor(bad, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens is tensor\(.*accepted: torch.int32 offsets rising from 0 to 20 tokens"
+    ):
+        model(text(20), cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=str)
+def test_an_empty_batch_gives_an_empty_result(model, shape):
+    out = model(torch.zeros(shape, dtype=torch.long))
+    assert out.hidden.shape == (*shape, 64)
+    (model.logits(out.hidden).sum() + (0 if out.aux_loss is None else out.aux_loss)).backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)

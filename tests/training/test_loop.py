@@ -23,6 +23,7 @@ from tiny import UNIFORM, VOCAB, Loader, Model, loss_fn, make_batch, make_traine
 
 import llmcore
 from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
+from llmcore.layers import MoE
 from llmcore.training import Loss, NonFiniteError, OptimConfig, TrainConfig, evaluate
 from llmcore.training.logs import RunLog, clock, plot_losses, read_log
 from llmcore.training.state import StopSignals, random_state, seed_everything, set_random_state
@@ -143,7 +144,7 @@ def test_evaluation_is_weighted_by_tokens_and_leaves_the_model_training():
         evaluate(model, [make_batch(tokens, torch.full_like(tokens, -100))], loss_fn=loss_fn)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "weights"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "weights", "experts"])
 def test_non_finite_stops_and_keeps_the_good_checkpoint(tmp_path, where):
     calls = 0
 
@@ -157,6 +158,8 @@ def test_non_finite_stops_and_keeps_the_good_checkpoint(tmp_path, where):
             if calls == 7 and where == "gradient":  # a finite loss whose gradient is not
                 zero = (model.lm_head_weight[0, 0] * 0).abs().sqrt()
                 return Loss(loss.total + zero, loss.num_targets, loss.metrics)
+            if calls == 7 and where == "experts":
+                MoE(8, 8, 4, 2)(torch.full((1, 8), math.nan))
             if calls == 8 and where == "weights":
                 with torch.no_grad():
                     model.hidden.bias[0] = math.inf
@@ -166,7 +169,9 @@ def test_non_finite_stops_and_keeps_the_good_checkpoint(tmp_path, where):
     with pytest.raises(NonFiniteError) as caught:
         trainer.run()
     message = str(caught.value)
-    assert ("step 7" in message and "gradient norm nan" in message) if where != "weights" else "hidden.bias" in message
+    expected = {"weights": "hidden.bias", "experts": "step 6: the router's scores of token 0 are not finite"}
+    assert expected.get(where, "gradient norm nan") in message
+    assert where in expected or "step 7" in message
     assert "step-000004" in message
     good = load_checkpoint(find_latest(tmp_path / "checkpoints"))
     assert good.step == 4
