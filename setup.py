@@ -88,6 +88,7 @@ class CMakeBuild(build_ext):
             # options a build folder would otherwise remember from an earlier run
             "-DLLMCORE_WERROR=OFF",
             "-DLLMCORE_EMULATE_AVX512=OFF",
+            "-DLLMCORE_EMULATE_CUDA=OFF",
             "-DLLMCORE_ISAS=",
             *shlex.split(os.environ.get("LLMCORE_CMAKE_ARGS", "")),
         ]

@@ -11,8 +11,9 @@ namespace {
 const char* const names[] = {LLMCORE_FOR_EACH_ISA(X)};
 #undef X
 
+// What is emulated runs anywhere, and is never the default: see best().
 bool supports(const char* isa) {
-  if (!std::strcmp(isa, "portable")) return true;
+  if (!std::strcmp(isa, "portable") || !std::strcmp(isa, "cuda_emulated")) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // reads cpuid and xgetbv: a set whose registers the system doesn't save is not reported
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -20,7 +21,6 @@ bool supports(const char* isa) {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  // avx512bf16_emulated never is the default: see best().
   if (!std::strcmp(isa, "avx2") || !std::strcmp(isa, "avx512bf16_emulated")) return v3;
   if (!std::strcmp(isa, "avx512")) return v4;
   if (!std::strcmp(isa, "avx512bf16"))

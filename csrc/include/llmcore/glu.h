@@ -1,5 +1,6 @@
 // Gated linear units: act(gate) * up (Shazeer, arXiv 2002.05202). SwiGLU is silu, GEGLU is gelu.
 #pragma once
+#include "llmcore/cuda.h"
 #include "llmcore/dtype.h"
 #include "llmcore/isa.h"
 
@@ -36,5 +37,7 @@ struct GluBackwardParams {
 
 LLMCORE_CPU_KERNEL(glu_forward, GluParams)
 LLMCORE_CPU_KERNEL(glu_backward, GluBackwardParams)
+LLMCORE_CUDA_KERNEL(glu_forward, GluParams)
+LLMCORE_CUDA_KERNEL(glu_backward, GluBackwardParams)
 
 }  // namespace llmcore

@@ -1,0 +1,209 @@
+// The one file with inline PTX. nvcc sees instructions; a host compiler sees calls into the emulator of tests/simt, which
+// runs the same kernels on a CPU. Kernels therefore touch what is special about a GPU only through this file.
+//
+// Semantics: PTX ISA 8.x, the section named like the instruction. Fragments of m16n8k16, for lane l, g = l / 4, t = l % 4
+// (a 32-bit register holds two 16-bit elements, the one of the lower index in its low half):
+//   A (16 x 16): a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t..], a[2] = A[g][2t+8..], a[3] = A[g+8][2t+8..]
+//   B (16 x 8):  b0 = B[2t, 2t+1][g], b1 = B[2t+8, 2t+9][g]
+//   C (16 x 8):  c[0], c[1] = C[g][2t, 2t+1], c[2], c[3] = C[g+8][2t, 2t+1]
+// So the C of two neighbouring 16 x 8 tiles, packed to 16 bits, is an A fragment.
+#pragma once
+#include <cstdint>
+
+#include "llmcore/dtype.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define PTX_DEVICE static __device__ __forceinline__
+#define PTX_SHARED_MEMORY(name) extern __shared__ __align__(1024) uint8_t name[]  // dynamic shared memory
+#else
+#include <cmath>
+#include <cstring>
+
+#include "simt.h"
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define PTX_DEVICE static inline
+#define PTX_SHARED_MEMORY(name) uint8_t* name = simt::shared_memory()
+#define threadIdx (simt::thread_index())
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_dim())
+#define gridDim (simt::grid_dim())
+#endif
+
+namespace llmcore {
+namespace ptx {
+
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+struct alignas(16) Vec16 {
+  uint32_t x[4];
+};
+
+#ifdef __CUDACC__
+
+PTX_DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
+PTX_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
+
+// ---- memory
+PTX_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+PTX_DEVICE Vec16 load_global_16(const void* p) {  // read once: around L1
+  Vec16 v;
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3])
+               : "l"(p)
+               : "memory");
+  return v;
+}
+PTX_DEVICE void store_global_16(void* p, const Vec16& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3])
+               : "memory");
+}
+PTX_DEVICE void red_add(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
+
+// ---- synchronisation and exchange
+PTX_DEVICE void syncthreads() { __syncthreads(); }
+PTX_DEVICE void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+PTX_DEVICE void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+PTX_DEVICE void syncwarp() { __syncwarp(); }
+PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return __shfl_sync(kFullMask, x, from_lane); }
+PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return __shfl_xor_sync(kFullMask, x, lane_mask); }
+PTX_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(kFullMask, predicate); }
+
+// ---- arithmetic
+PTX_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+PTX_DEVICE float tanh_approx(float x) {  // relative error 2^-11: for values that are rounded to 16 bits afterwards
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+PTX_DEVICE float rsqrt(float x) { return rsqrtf(x); }
+PTX_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+PTX_DEVICE uint32_t pack_f16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+PTX_DEVICE float f16_to_float(uint16_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+// ---- asynchronous copies (sm_80)
+PTX_DEVICE void copy_async_16(uint32_t to, const void* from, int source_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(source_bytes) : "memory");
+}
+PTX_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GroupsInFlight>
+PTX_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GroupsInFlight) : "memory");
+}
+
+// ---- tensor cores (sm_80)
+PTX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row_address)
+               : "memory");
+}
+PTX_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row_address)
+               : "memory");
+}
+PTX_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+PTX_DEVICE void mma(f16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#else
+
+PTX_DEVICE uint32_t bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+PTX_DEVICE float from_bits(uint32_t x) {
+  float f;
+  memcpy(&f, &x, sizeof f);
+  return f;
+}
+
+PTX_DEVICE uint32_t shared_address(const void* p) { return simt::shared_address(p); }
+PTX_DEVICE Vec16 load_global_16(const void* p) { return *simt::aligned<const Vec16>(p); }
+PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
+PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
+
+PTX_DEVICE void syncthreads() { simt::barrier_sync(0, 0); }
+PTX_DEVICE void barrier_sync(int id, int threads) { simt::barrier_sync(id, threads); }
+PTX_DEVICE void barrier_arrive(int id, int threads) { simt::barrier_arrive(id, threads); }
+PTX_DEVICE void syncwarp() { simt::syncwarp(kFullMask); }
+PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return simt::shfl(kFullMask, x, from_lane); }
+PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return simt::shfl_xor(kFullMask, x, lane_mask); }
+PTX_DEVICE uint32_t ballot(bool predicate) { return simt::ballot(kFullMask, predicate); }
+
+PTX_DEVICE float exp2(float x) { return x < -126.f ? 0.f : ::exp2f(x); }
+PTX_DEVICE float tanh_approx(float x) { return ::tanhf(x); }
+PTX_DEVICE float rsqrt(float x) { return 1.f / ::sqrtf(x); }
+PTX_DEVICE uint32_t bf16_bits(float x) {
+  const uint32_t u = bits(x);
+  if (x != x) return 0x7fff;
+  return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+PTX_DEVICE uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+PTX_DEVICE uint32_t pack_f16(float low, float high) { return simt::f16_bits(low) | simt::f16_bits(high) << 16; }
+PTX_DEVICE float f16_to_float(uint16_t x) { return simt::f16_value(x); }
+
+PTX_DEVICE void copy_async_16(uint32_t to, const void* from, int source_bytes) {
+  simt::copy_async_16(to, from, source_bytes);
+}
+PTX_DEVICE void copy_commit() { simt::copy_commit(); }
+template <int GroupsInFlight>
+PTX_DEVICE void copy_wait() {
+  simt::copy_wait(GroupsInFlight);
+}
+
+PTX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address) { simt::ldmatrix_x4(r, row_address, false); }
+PTX_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row_address) { simt::ldmatrix_x4(r, row_address, true); }
+PTX_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  simt::mma_m16n8k16(d, a, b0, b1, simt::Half::bf16);
+}
+PTX_DEVICE void mma(f16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  simt::mma_m16n8k16(d, a, b0, b1, simt::Half::f16);
+}
+
+#endif
+
+PTX_DEVICE float shfl_xor(float x, int lane_mask) { return from_bits(shfl_xor(bits(x), lane_mask)); }
+PTX_DEVICE float shfl(float x, int from_lane) { return from_bits(shfl(bits(x), from_lane)); }
+
+}  // namespace ptx
+}  // namespace llmcore

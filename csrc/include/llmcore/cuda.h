@@ -1,0 +1,24 @@
+// What the CUDA launchers need to know of the device, and how they report. Free of CUDA headers, for the bindings.
+#pragma once
+#include <cstddef>
+
+namespace llmcore {
+namespace cuda {
+
+struct Device {
+  void* stream;         // cudaStream_t
+  int multiprocessors;  // of the device, to size grids
+};
+
+// Null, or what went wrong, as the CUDA runtime words it. Launchers queue work on the device's stream and return: they
+// never wait for it, so that they can be captured in a CUDA graph.
+using Status = const char*;
+
+}  // namespace cuda
+}  // namespace llmcore
+
+// Declares the launcher of an op's CUDA kernel, the twin of LLMCORE_CPU_KERNEL.
+#define LLMCORE_CUDA_KERNEL(kernel, Params)               \
+  namespace cuda {                                        \
+  Status kernel(const Params& p, const Device& device);   \
+  }

@@ -1,0 +1,66 @@
+// cp.async: copies from global to shared memory that happen some time between their issue and the wait for their group.
+// They are visible to the issuing thread after its wait; to others only by way of a barrier after that.
+#include <cstring>
+
+#include "machine.h"
+
+namespace simt {
+namespace {
+
+void perform(const CopyAsync& copy) {
+  race::read(copy.from, copy.source_bytes);
+  race::wrote(copy.to, 16);
+  race::Ignore ignore;
+  uint8_t bytes[16] = {};
+  if (copy.source_bytes) memcpy(bytes, copy.from, copy.source_bytes);
+  memcpy(copy.to, bytes, 16);
+}
+
+void perform_up_to(Thread& thread, int last_group) {
+  size_t kept = 0;
+  for (const CopyAsync& copy : thread.copies) {
+    if (copy.group <= last_group)
+      perform(copy);
+    else
+      thread.copies[kept++] = copy;
+  }
+  thread.copies.resize(kept);
+}
+
+}  // namespace
+
+void copy_async_16(uint32_t to, const void* from, int source_bytes) {
+  ++counters().copies;
+  if (to % 16) fail("cp.async: the destination %u is not a multiple of 16", to);
+  if (source_bytes < 0 || source_bytes > 16) fail("cp.async: %d source bytes; 0 to 16", source_bytes);
+  if (source_bytes && reinterpret_cast<uintptr_t>(from) % 16)
+    fail("cp.async: the source %p is not a multiple of 16", from);
+  Thread& self = running();
+  const CopyAsync copy{shared_pointer(to, 16), static_cast<const uint8_t*>(from), source_bytes, self.copy_group};
+  const Copies when = options().copies;
+  if (when == Copies::early || (when == Copies::random && random_bits() % 2)) {
+    perform(copy);
+    return;
+  }
+  race::wrote(copy.to, 16);  // from here on the hardware may write
+  race::Ignore ignore;
+  self.copies.push_back(copy);
+  memset(copy.to, 0xff, 16);
+}
+
+void copy_commit() { ++running().copy_group; }
+
+void copy_wait(int groups_in_flight) { perform_up_to(running(), running().copy_group - 1 - groups_in_flight); }
+
+void finish_copies(Thread& thread) { perform_up_to(thread, thread.copy_group); }
+
+void check_alignment(const void* at, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) fail("%zu bytes at %p, which is not a multiple of that", bytes, at);
+}
+
+void atomic_add(float* at, float value) {
+  race::Ignore ignore;
+  *at += value;
+}
+
+}  // namespace simt
