@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmcore import reference
 from llmcore.ops.block_mask import BlockMask
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
 
 
 def attention(
@@ -74,14 +74,14 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-@torch.library.register_fake("llmcore::attention")
+@register_fake("attention")
 def _(q, k, v, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, *options):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     return out, q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("llmcore::attention_backward")
+@register_fake("attention_backward")
 def _(dout, dlse, q, k, v, out, lse, sinks, *rest):
     contiguous = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     return (*contiguous, q.new_empty(0 if sinks is None else sinks.shape[0], dtype=torch.float32))
@@ -127,7 +127,7 @@ def paged_attention(
     """Attention of new queries over a paged cache (PagedAttention, arXiv 2309.06180): decode and chunked prefill.
 
     Key j of sequence b lies in block `block_table[b, j // block_size]`, slot `j % block_size`. A sequence's last query
-    stands at its last key, which must be in the cache already (`kv_cache_write`). No gradient.
+    stands at its last key, which must be in the cache already (`kv_cache_write`). Not differentiable.
 
     Args:
         q: (batch, heads, head_dim), one query for each sequence; or packed (total_q, heads, head_dim) with
@@ -161,9 +161,12 @@ def paged_attention(
     )  # fmt: skip
 
 
-@torch.library.register_fake("llmcore::paged_attention")
+@register_fake("paged_attention")
 def _(q, k_cache, v_cache, *rest):
     return q.new_empty(*q.shape[:-1], v_cache.shape[-1])
+
+
+refuse_gradient("paged_attention")
 
 
 # ---- what tests and benchmarks call ----------------------------------------------------------------------------------

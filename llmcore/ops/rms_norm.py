@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def rms_norm(
@@ -33,14 +33,14 @@ def rms_norm(
     return y if residual is None else (y, z)
 
 
-@torch.library.register_fake("llmcore::rms_norm")
+@register_fake("rms_norm")
 def _(x, weight, residual, eps):
     z = torch.empty_like(x, memory_format=torch.contiguous_format) if residual is not None else x.new_empty(0)
     rows = x.numel() // x.shape[-1]
     return torch.empty_like(x, memory_format=torch.contiguous_format), z, x.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.register_fake("llmcore::rms_norm_backward")
+@register_fake("rms_norm_backward")
 def _(dy, dz, z, weight, rstd):
     return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
