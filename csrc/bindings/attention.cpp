@@ -1,5 +1,6 @@
 #include "llmcore/attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "common.h"
@@ -39,14 +40,14 @@ const int32_t* cu_seqlens(Call& call, const Tensor& cu, int64_t total, const cha
 void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, int64_t window, double scale,
               double softcap, const std::string& op) {
   AttentionMask& m = call.mask;
-  LLMCORE_CHECK(std::isfinite(scale), op, ": scale is ", scale, "; it must be finite");
-  LLMCORE_CHECK(std::isfinite(softcap) && softcap >= 0, op, ": softcap is ", softcap,
-                "; it must be positive, or 0 for none");
-  LLMCORE_CHECK(window >= 0, op, ": window is ", window, "; it must be positive, or 0 for none");
   m.scale = static_cast<float>(scale);
   m.softcap = static_cast<float>(softcap);
   m.causal = causal;
-  m.window = window;
+  m.window = std::min<int64_t>(window, INT64_MAX / 2);  // so that position + window does not overflow
+  LLMCORE_CHECK(std::isfinite(m.scale), op, ": scale is ", scale, "; it must be finite in float32");
+  LLMCORE_CHECK(softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), op, ": softcap is ", softcap,
+                "; accepted: 1e-30 to 1e30, or 0 for none");
+  LLMCORE_CHECK(window >= 0, op, ": window is ", window, "; it must be positive, or 0 for none");
   if (sinks) {
     const std::string what = op + ": sinks";
     check_cpu(*sinks, what.c_str());
@@ -118,8 +119,9 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     LLMCORE_CHECK(block_q >= 1 && block_k >= 1, op, ": block sizes are ", block_q, " and ", block_k, "; at least 1");
     const Tensor dense_mask = dense(*block_mask);
     const int64_t mb = dense_mask.size(0), mh = dense_mask.size(1), mq = dense_mask.size(2), mk = dense_mask.size(3);
-    LLMCORE_CHECK((mb == 1 || mb == s.batch) && (mh == 1 || mh == s.heads) && mq * block_q >= longest_q &&
-                      mk * block_k >= longest_k,
+    const auto cover = [](int64_t blocks, int64_t size, int64_t n) { return n == 0 || (n - 1) / size < blocks; };
+    LLMCORE_CHECK((mb == 1 || mb == s.batch) && (mh == 1 || mh == s.heads) && cover(mq, block_q, longest_q) &&
+                      cover(mk, block_k, longest_k),
                   what, " has shape ", shape_text(*block_mask), " with blocks of ", block_q, " x ", block_k,
                   "; it must cover batch ", s.batch, " (or 1), ", s.heads, " heads (or 1), ", longest_q,
                   " queries and ", longest_k, " keys");

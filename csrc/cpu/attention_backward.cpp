@@ -143,8 +143,9 @@ class Backward {
       const int64_t head = t.kv_head * group_ + r % group_;
       const int64_t at_row = t.b * p_.lse_batch + head * p_.lse_head + t.seq.q_start + t.first_query + r / group_;
       const float lse = p_.lse[at_row];
-      // ds = p * (dp - delta): the gradient of lse enters as a constant of the row
-      x.delta.data()[r] = reduce_sum(sum) - (p_.dlse ? p_.dlse[at_row] : 0.f);
+      // ds = p * (dp - delta): the gradient of lse enters as a constant of the row. A row without keys has no gradient,
+      // whatever reaches its lse (NaN, when -inf goes on through a logarithm).
+      x.delta.data()[r] = lse == kNegInf ? 0.f : reduce_sum(sum) - (p_.dlse ? p_.dlse[at_row] : 0.f);
       x.lse.data()[r] = lse == kNegInf ? -kNegInf : lse * kLog2e;  // no key: every probability is 2^-inf = 0
       if (p_.mask.sinks && lse != kNegInf)
         dsinks[r % group_] -= __builtin_expf(p_.mask.sinks[head] - lse) * x.delta.data()[r];

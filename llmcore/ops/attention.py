@@ -12,6 +12,19 @@ from llmcore.ops.block_mask import BlockMask
 from llmcore.ops.registry import OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
 
 
+def _options(
+    op: str, q: Tensor, window: int | None, scale: float | None, softcap: float | None
+) -> tuple[int, float, float]:
+    """(window, scale, softcap) as the schemas take them, 0 for none."""
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window is {window}; it must be at least 1, or None")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None")
+    if scale is None:  # a q without a head_dim, or with an empty one, is refused where shapes are checked
+        scale = max(q.shape[-1:].numel(), 1) ** -0.5
+    return window or 0, scale, softcap or 0.0
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -41,7 +54,7 @@ def attention(
         causal: a query sees no later key.
         window: a query sees keys less than `window` positions away: `window` keys, itself included, when causal.
         scale: factor of the scores; 1 / sqrt(head_dim) by default.
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118).
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118); 1e-30 to 1e30.
         sinks: (heads,): a further score of each head that takes part in the softmax and has no value (gpt-oss).
         block_mask: which key blocks a query block sees, on top of the other masks.
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in the packed q; ends with total_q.
@@ -57,10 +70,7 @@ def attention(
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit, naming the value.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}; it must be at least 1, or None")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"attention: softcap is {softcap}; it must be positive, or None")
+    options = _options("attention", q, window, scale, softcap)
     if not use_kernel("attention", q):
         return reference.attention(
             q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks, block_mask=block_mask,
@@ -68,8 +78,8 @@ def attention(
         )  # fmt: skip
     out, lse = torch.ops.llmcore.attention(
         q, k, v, None if sinks is None else sinks.float(), None if block_mask is None else block_mask.mask,
-        cu_seqlens_q, cu_seqlens_k, causal, window or 0, q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap or 0.0, block_mask.block_q if block_mask else 0, block_mask.block_k if block_mask else 0, deterministic,
+        cu_seqlens_q, cu_seqlens_k, causal, *options, block_mask.block_q if block_mask else 0,
+        block_mask.block_k if block_mask else 0, deterministic,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -146,10 +156,7 @@ def paged_attention(
     Raises:
         RuntimeError: a block id outside the cache, a length beyond the table, or shapes that don't fit.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"paged_attention: window is {window}; it must be at least 1, or None")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"paged_attention: softcap is {softcap}; it must be positive, or None")
+    options = _options("paged_attention", q, window, scale, softcap)
     if not use_kernel("paged_attention", q):
         return reference.paged_attention(
             q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window,
@@ -157,7 +164,7 @@ def paged_attention(
         )  # fmt: skip
     return torch.ops.llmcore.paged_attention(
         q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, None if sinks is None else sinks.float(), k_scale,
-        v_scale, causal, window or 0, q.shape[-1] ** -0.5 if scale is None else scale, softcap or 0.0,
+        v_scale, causal, *options,
     )  # fmt: skip
 
 
