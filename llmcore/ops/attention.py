@@ -73,8 +73,8 @@ def attention(
     options = _options("attention", q, window, scale, softcap)
     if not use_kernel("attention", q):
         return reference.attention(
-            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks, block_mask=block_mask,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+            q, k, v, causal=causal, window=window, scale=options[1], softcap=softcap, sinks=sinks,
+            block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
         )  # fmt: skip
     out, lse = torch.ops.llmcore.attention(
         q, k, v, None if sinks is None else sinks.float(), None if block_mask is None else block_mask.mask,
@@ -160,7 +160,7 @@ def paged_attention(
     if not use_kernel("paged_attention", q):
         return reference.paged_attention(
             q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window,
-            scale=scale, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+            scale=options[1], softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     return torch.ops.llmcore.paged_attention(
         q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, None if sinks is None else sinks.float(), k_scale,
