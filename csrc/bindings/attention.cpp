@@ -21,20 +21,8 @@ RowStrides strides(const Tensor& t) {  // (batch, seq, heads, dim) or packed (to
 }
 
 const int32_t* cu_seqlens(Call& call, const Tensor& cu, int64_t total, const char* what, const char* of) {
-  check_cpu(cu, what);
-  check_dtype(cu, ScalarType::Int, what);
-  check_dim(cu, 1, what, "(batch + 1,)");
-  LLMCORE_CHECK(cu.size(0) >= 1, what, " is empty; expected (batch + 1,) offsets starting with 0");
-  call.keep.push_back(dense(cu));
-  const int32_t* c = static_cast<const int32_t*>(call.keep.back().const_data_ptr());
-  const int64_t n = cu.size(0);
-  LLMCORE_CHECK(c[0] == 0, what, "[0] is ", c[0], "; offsets start with 0");
-  for (int64_t i = 1; i < n; ++i)
-    LLMCORE_CHECK(c[i] >= c[i - 1], what, "[", i, "] is ", c[i], ", below ", c[i - 1],
-                  " before it; offsets must not fall");
-  LLMCORE_CHECK(c[n - 1] == total, what, " ends with ", c[n - 1], ", but ", of, " has ", total,
-                " rows; they must be equal");
-  return c;
+  call.keep.push_back(checked_offsets(cu, total, what, of));
+  return static_cast<const int32_t*>(call.keep.back().const_data_ptr());
 }
 
 void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, int64_t window, double scale,
@@ -45,8 +33,7 @@ void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, 
   m.causal = causal;
   m.window = std::min<int64_t>(window, INT64_MAX / 2);  // so that position + window does not overflow
   LLMCORE_CHECK(std::isfinite(m.scale), op, ": scale is ", scale, "; it must be finite in float32");
-  LLMCORE_CHECK(softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), op, ": softcap is ", softcap,
-                "; accepted: 1e-30 to 1e30, or 0 for none");
+  check_softcap(softcap, op);
   LLMCORE_CHECK(window >= 0, op, ": window is ", window, "; it must be positive, or 0 for none");
   if (sinks) {
     const std::string what = op + ": sinks";

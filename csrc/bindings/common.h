@@ -56,6 +56,12 @@ void check_writable(const Tensor& t, const char* what);
 // The values of an int32 or int64 CPU tensor in row-major order; an error that names `what` for any other dtype.
 std::vector<int64_t> index_values(const Tensor& t, const char* what);
 
+// The values of int32 (n + 1,) offsets into `total` rows of `of`, which rise from 0 to `total`; dense.
+Tensor checked_offsets(const Tensor& t, int64_t total, const char* what, const char* of);
+
+// Where softcap and 1 / softcap, times a score or its scale, stay finite in float32.
+void check_softcap(double softcap, const std::string& op);
+
 // The tensor itself if its last dimension is contiguous, else a contiguous copy.
 Tensor last_dim_contiguous(const Tensor& t);
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
