@@ -181,6 +181,22 @@ def test_block_mask_patterns():
         BlockMask(torch.ones(1, 1, 2, 2))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (lambda: BlockMask.local(64, 64, -1), "width is -1; it must not be negative"),
+        (lambda: BlockMask.global_(64, 64, -1), "count is -1; it must not be negative"),
+        (lambda: BlockMask.strided(64, 64, 0), "stride is 0; it must be at least 1"),
+        (lambda: BlockMask.local(-64, 64, 1), "num_q is -64; it must not be negative"),
+        (lambda: BlockMask.local(64, 64, 1, block_q=0), "block sizes are 0 and 64; they must be at least 1"),
+        (lambda: BlockMask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 4, -1), "block sizes are 4 and -1"),
+    ],
+)
+def test_block_mask_refuses(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        pattern()
+
+
 def test_offsets_beyond_two_gigabytes():
     """A view whose last rows lie more than 2^31 elements into its parent (the pages in between are never touched)."""
     parent = torch.empty(3, 1 << 30, dtype=torch.bfloat16)
