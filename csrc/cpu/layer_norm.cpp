@@ -1,4 +1,4 @@
-#include "llmcore/layer_norm.h"
+#include "llmcore/norm.h"
 
 #include "simd/simd.h"
 
@@ -8,7 +8,7 @@ namespace LLMCORE_ISA {
 namespace {
 
 template <class T>
-void forward(const LayerNormParams& p, const Parallel& par) {
+void forward(const NormParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
   const float inverse_dim = 1.f / static_cast<float>(p.dim);
@@ -58,7 +58,7 @@ void forward(const LayerNormParams& p, const Parallel& par) {
 // With xhat = (z - mean) * rstd and g = dy * weight: dz = rstd * (g - mean(g) - xhat * mean(g * xhat));
 // dweight = sum_rows dy * xhat; dbias = sum_rows dy.
 template <class T>
-void backward(const LayerNormBackwardParams& p, const Parallel& par) {
+void backward(const NormBackwardParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
   const int64_t workers = par.threads;
   const float inverse_dim = 1.f / static_cast<float>(p.dim);
@@ -96,11 +96,11 @@ void backward(const LayerNormBackwardParams& p, const Parallel& par) {
 
 }  // namespace
 
-void layer_norm_forward(const LayerNormParams& p, const Parallel& par) {
+void layer_norm_forward(const NormParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<T>(p, par))
 }
 
-void layer_norm_backward(const LayerNormBackwardParams& p, const Parallel& par) {
+void layer_norm_backward(const NormBackwardParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, backward<T>(p, par))
 }
 

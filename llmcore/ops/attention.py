@@ -68,7 +68,9 @@ def attention(
         or packed (heads, total_q).
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that don't fit, naming the value.
+        RuntimeError: shapes, dtypes or devices that don't fit, offsets that don't run from 0 to the number of rows, a
+            scale or softcap beyond float32; each names the value.
+        ValueError: window < 1 or softcap <= 0.
     """
     options = _options("attention", q, window, scale, softcap)
     if not use_kernel("attention", q):
@@ -155,6 +157,7 @@ def paged_attention(
 
     Raises:
         RuntimeError: a block id outside the cache, a length beyond the table, or shapes that don't fit.
+        ValueError: window < 1 or softcap <= 0.
     """
     options = _options("paged_attention", q, window, scale, softcap)
     if not use_kernel("paged_attention", q):

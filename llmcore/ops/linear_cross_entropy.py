@@ -39,7 +39,7 @@ def linear_cross_entropy(
         weight: (vocab, dim), hidden's dtype.
         targets: (...) int64: ids in [0, vocab), or ignore_index.
         ignore_index: tokens with this target have loss 0 and gradient 0, and their hidden is not read.
-        softcap: c > 0 replaces the logits by c * tanh(logits / c).
+        softcap: c, 1e-30 to 1e30, replaces the logits by c * tanh(logits / c).
         z_loss: weight of lse^2.
         label_smoothing: 0 to 1.
         reduction: "mean" over the tokens that are not ignored (0 with zero gradients when all are, where torch gives

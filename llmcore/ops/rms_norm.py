@@ -19,13 +19,16 @@ def rms_norm(
     Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467). Statistics are in float32.
 
     Args:
-        x: (..., dim), float32, bfloat16 or float16 (float64 through the reference).
+        x: (..., dim), float32, bfloat16 or float16 (float64 through the reference); dim >= 1.
         weight: (dim,), x's dtype.
-        eps: added to the mean square.
+        eps: added to the mean square; not negative.
         residual: (..., dim), x's shape and dtype: the residual stream to add first.
 
     Returns:
         y, shaped and typed as x; with `residual`, the pair (y, z).
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit x's, or a negative eps.
     """
     if not use_kernel("rms_norm", x):
         return reference.rms_norm(x, weight, eps, residual)
