@@ -80,7 +80,9 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::opti
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = std::nullopt);
 Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt);  // contiguous
 
-// (workers, ...) float32 partial sums -> their sum over the first dimension, in `dtype`.
+// How many partial sums (of kSumRows each) there are of `rows` rows.
+inline int64_t num_partials(int64_t rows) { return (rows + kSumRows - 1) / kSumRows; }
+// (partials, ...) float32 -> their sum over the first dimension, in `dtype`.
 Tensor sum_partials(const Tensor& partials, ScalarType dtype);
 
 Parallel torch_parallel();

@@ -53,15 +53,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::string& op, Kernel<NormBa
   const Tensor r = statistic(rstd, op + ": rstd"), m = mean ? statistic(*mean, op + ": mean") : rstd;
   const Rows dy_rows = as_rows(dy), dz_rows = dz ? as_rows(*dz) : Rows{z, 0, 0, 0};
   const Tensor w = dense(weight);
-  const Parallel par = torch_parallel();
-  Tensor dx = empty_same_shape(z), dweight = zeros(z, {par.threads, z_rows.dim}, ScalarType::Float);
-  Tensor dbias = has_bias ? zeros(z, {par.threads, z_rows.dim}, ScalarType::Float) : empty(weight, {0});
+  const int64_t partials = num_partials(z_rows.rows);
+  Tensor dx = empty_same_shape(z), dweight = zeros(z, {partials, z_rows.dim}, ScalarType::Float);
+  Tensor dbias = has_bias ? zeros(z, {partials, z_rows.dim}, ScalarType::Float) : empty(weight, {0});
   kernel({dtype, z_rows.rows, z_rows.dim, dy_rows.tensor.const_data_ptr(), dy_rows.stride,
           dz ? dz_rows.tensor.const_data_ptr() : nullptr, dz_rows.stride, z_rows.tensor.const_data_ptr(), z_rows.stride,
           w.const_data_ptr(), mean ? static_cast<const float*>(m.const_data_ptr()) : nullptr,
           static_cast<const float*>(r.const_data_ptr()), dx.mutable_data_ptr(), float_data(dweight),
           has_bias ? float_data(dbias) : nullptr},
-         par);
+         torch_parallel());
   return {dx, sum_partials(dweight, weight.scalar_type()),
           has_bias ? sum_partials(dbias, weight.scalar_type()) : dbias};
 }

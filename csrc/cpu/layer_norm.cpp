@@ -60,13 +60,11 @@ void forward(const NormParams& p, const Parallel& par) {
 template <class T>
 void backward(const NormBackwardParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
-  const int64_t workers = par.threads;
   const float inverse_dim = 1.f / static_cast<float>(p.dim);
-  // One contiguous range per worker, so that the parameters' gradients are summed in the same order in every run.
-  parallel_tasks(par, workers, [&](int64_t w, int64_t) {
-    float* dweight = p.dweight_partial + w * p.dim;
-    float* dbias = p.dbias_partial ? p.dbias_partial + w * p.dim : nullptr;
-    for (int64_t r = p.rows * w / workers; r < p.rows * (w + 1) / workers; ++r) {
+  parallel_row_blocks(par, p.rows, [&](int64_t block, int64_t begin, int64_t end) {
+    float* dweight = p.dweight_partial + block * p.dim;
+    float* dbias = p.dbias_partial ? p.dbias_partial + block * p.dim : nullptr;
+    for (int64_t r = begin; r < end; ++r) {
       const T* dy = static_cast<const T*>(p.dy) + r * p.dy_stride;
       const T* dz = p.dz ? static_cast<const T*>(p.dz) + r * p.dz_stride : nullptr;
       const T* z = static_cast<const T*>(p.z) + r * p.z_stride;

@@ -83,6 +83,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("transposed", (randn(64, 5).t(), alpha(0.5), randn(64), randn(64)), differentiable=(0, 1, 2, 3))
     yield Sample("no rows", (randn(0, 16), alpha(0.5), randn(16), randn(16)), differentiable=(0, 1, 2, 3))
     yield Sample("saturated", (randn(3, 70) * 100, alpha(2.0), randn(70), randn(70)), differentiable=(0, 1, 2, 3))
+    yield Sample("many rows", (randn(3000, 7) + 1, alpha(0.5), randn(7), randn(7)), differentiable=(0, 1, 2, 3))
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:

@@ -82,6 +82,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("transposed", (randn(64, 5).t(), randn(64)), differentiable=(0, 1))
     yield Sample("no rows", (randn(0, 16), randn(16)), differentiable=(0, 1))
     yield Sample("large values", (randn(3, 70) * 1e3, randn(70)), differentiable=(0, 1))
+    yield Sample("many rows", (randn(3000, 7) + 1, randn(7)), differentiable=(0, 1))
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:

@@ -38,8 +38,8 @@ struct NormBackwardParams {
   const float* mean;       // (rows); RMS: null
   const float* rstd;       // (rows)
   void* dx;                // (rows, dim), contiguous: gradient of x, and of the residual
-  float* dweight_partial;  // (threads, dim), zeroed: one partial sum per worker
-  float* dbias_partial;    // (threads, dim), zeroed, or null when there is no bias
+  float* dweight_partial;  // (ceil(rows / kSumRows), dim), zeroed: one partial sum per block of rows
+  float* dbias_partial;    // likewise, or null when there is no bias
 };
 
 LLMCORE_CPU_KERNEL(rms_norm_forward, NormParams)
