@@ -11,7 +11,7 @@ template <class T>
 void forward(const NormParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
-  const float inverse_dim = 1.f / static_cast<float>(p.dim);
+  const float dim = static_cast<float>(p.dim);  // a rounded 1 / dim would pull every row's mean the same way
   parallel_ranges(par, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
@@ -28,7 +28,7 @@ void forward(const NormParams& p, const Parallel& par) {
       } else {
         for_row(p.dim, [&](int64_t i, auto n) { sum += load_n(x + i, n); });
       }
-      const float mean = reduce_sum(sum) * inverse_dim;
+      const float mean = reduce_sum(sum) / dim;
       // A second pass over the row, in cache by now: E[x^2] - mean^2 would cancel when the mean is large.
       vf square = zero();
       const int64_t whole = p.dim / kLanes * kLanes;
@@ -38,7 +38,7 @@ void forward(const NormParams& p, const Parallel& par) {
       }
       float variance = reduce_sum(square);
       for (int64_t i = whole; i < p.dim; ++i) variance += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
-      const float rstd = 1.f / __builtin_sqrtf(variance * inverse_dim + p.eps);
+      const float rstd = 1.f / __builtin_sqrtf(variance / dim + p.eps);
       p.mean[r] = mean;
       p.rstd[r] = rstd;
       if (bias) {
@@ -60,7 +60,7 @@ void forward(const NormParams& p, const Parallel& par) {
 template <class T>
 void backward(const NormBackwardParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
-  const float inverse_dim = 1.f / static_cast<float>(p.dim);
+  const float dim = static_cast<float>(p.dim);
   parallel_row_blocks(par, p.rows, [&](int64_t block, int64_t begin, int64_t end) {
     float* dweight = p.dweight_partial + block * p.dim;
     float* dbias = p.dbias_partial ? p.dbias_partial + block * p.dim : nullptr;
@@ -80,7 +80,7 @@ void backward(const NormBackwardParams& p, const Parallel& par) {
         sum += g;
         dot = fma(g, xhat, dot);
       });
-      const float mean_g = reduce_sum(sum) * inverse_dim, mean_dot = reduce_sum(dot) * inverse_dim;
+      const float mean_g = reduce_sum(sum) / dim, mean_dot = reduce_sum(dot) / dim;
       for_row(p.dim, [&](int64_t i, auto n) {
         const vf xhat = (load_n(z + i, n) - mean) * rstd;
         const vf g = rounded(load_n(dy + i, n) * load_n(weight + i, n));
