@@ -1,4 +1,4 @@
-#include "llmcore/layer_norm.h"
+#include "llmcore/norm.h"
 
 #include "simd/simd.h"
 
@@ -8,10 +8,10 @@ namespace LLMCORE_ISA {
 namespace {
 
 template <class T>
-void forward(const LayerNormParams& p, const Parallel& par) {
+void forward(const NormParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
-  const float inverse_dim = 1.f / static_cast<float>(p.dim);
+  const float dim = static_cast<float>(p.dim);  // a rounded 1 / dim would pull every row's mean the same way
   parallel_ranges(par, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
@@ -28,7 +28,7 @@ void forward(const LayerNormParams& p, const Parallel& par) {
       } else {
         for_row(p.dim, [&](int64_t i, auto n) { sum += load_n(x + i, n); });
       }
-      const float mean = reduce_sum(sum) * inverse_dim;
+      const float mean = reduce_sum(sum) / dim;
       // A second pass over the row, in cache by now: E[x^2] - mean^2 would cancel when the mean is large.
       vf square = zero();
       const int64_t whole = p.dim / kLanes * kLanes;
@@ -38,7 +38,7 @@ void forward(const LayerNormParams& p, const Parallel& par) {
       }
       float variance = reduce_sum(square);
       for (int64_t i = whole; i < p.dim; ++i) variance += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
-      const float rstd = 1.f / __builtin_sqrtf(variance * inverse_dim + p.eps);
+      const float rstd = 1.f / __builtin_sqrtf(variance / dim + p.eps);
       p.mean[r] = mean;
       p.rstd[r] = rstd;
       if (bias) {
@@ -58,15 +58,13 @@ void forward(const LayerNormParams& p, const Parallel& par) {
 // With xhat = (z - mean) * rstd and g = dy * weight: dz = rstd * (g - mean(g) - xhat * mean(g * xhat));
 // dweight = sum_rows dy * xhat; dbias = sum_rows dy.
 template <class T>
-void backward(const LayerNormBackwardParams& p, const Parallel& par) {
+void backward(const NormBackwardParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
-  const int64_t workers = par.threads;
-  const float inverse_dim = 1.f / static_cast<float>(p.dim);
-  // One contiguous range per worker, so that the parameters' gradients are summed in the same order in every run.
-  parallel_tasks(par, workers, [&](int64_t w, int64_t) {
-    float* dweight = p.dweight_partial + w * p.dim;
-    float* dbias = p.dbias_partial ? p.dbias_partial + w * p.dim : nullptr;
-    for (int64_t r = p.rows * w / workers; r < p.rows * (w + 1) / workers; ++r) {
+  const float dim = static_cast<float>(p.dim);
+  parallel_row_blocks(par, p.rows, [&](int64_t block, int64_t begin, int64_t end) {
+    float* dweight = p.dweight_partial + block * p.dim;
+    float* dbias = p.dbias_partial ? p.dbias_partial + block * p.dim : nullptr;
+    for (int64_t r = begin; r < end; ++r) {
       const T* dy = static_cast<const T*>(p.dy) + r * p.dy_stride;
       const T* dz = p.dz ? static_cast<const T*>(p.dz) + r * p.dz_stride : nullptr;
       const T* z = static_cast<const T*>(p.z) + r * p.z_stride;
@@ -82,7 +80,7 @@ void backward(const LayerNormBackwardParams& p, const Parallel& par) {
         sum += g;
         dot = fma(g, xhat, dot);
       });
-      const float mean_g = reduce_sum(sum) * inverse_dim, mean_dot = reduce_sum(dot) * inverse_dim;
+      const float mean_g = reduce_sum(sum) / dim, mean_dot = reduce_sum(dot) / dim;
       for_row(p.dim, [&](int64_t i, auto n) {
         const vf xhat = (load_n(z + i, n) - mean) * rstd;
         const vf g = rounded(load_n(dy + i, n) * load_n(weight + i, n));
@@ -96,11 +94,11 @@ void backward(const LayerNormBackwardParams& p, const Parallel& par) {
 
 }  // namespace
 
-void layer_norm_forward(const LayerNormParams& p, const Parallel& par) {
+void layer_norm_forward(const NormParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<T>(p, par))
 }
 
-void layer_norm_backward(const LayerNormBackwardParams& p, const Parallel& par) {
+void layer_norm_backward(const NormBackwardParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, backward<T>(p, par))
 }
 

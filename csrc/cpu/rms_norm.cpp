@@ -1,4 +1,4 @@
-#include "llmcore/rms_norm.h"
+#include "llmcore/norm.h"
 
 #include "simd/simd.h"
 
@@ -8,7 +8,7 @@ namespace LLMCORE_ISA {
 namespace {
 
 template <class T>
-void forward(const RmsNormParams& p, const Parallel& par) {
+void forward(const NormParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
   parallel_ranges(par, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -40,13 +40,11 @@ void forward(const RmsNormParams& p, const Parallel& par) {
 
 // With xhat = z * rstd and g = dy * weight: dz = rstd * (g - xhat * mean(g * xhat)); dweight = sum_rows dy * xhat.
 template <class T>
-void backward(const RmsNormBackwardParams& p, const Parallel& par) {
+void backward(const NormBackwardParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
-  const int64_t workers = par.threads;
-  // One contiguous range per worker, so that the weight gradient is summed in the same order in every run.
-  parallel_tasks(par, workers, [&](int64_t w, int64_t) {
-    float* dweight = p.dweight_partial + w * p.dim;
-    for (int64_t r = p.rows * w / workers; r < p.rows * (w + 1) / workers; ++r) {
+  parallel_row_blocks(par, p.rows, [&](int64_t block, int64_t begin, int64_t end) {
+    float* dweight = p.dweight_partial + block * p.dim;
+    for (int64_t r = begin; r < end; ++r) {
       const T* dy = static_cast<const T*>(p.dy) + r * p.dy_stride;
       const T* dz = p.dz ? static_cast<const T*>(p.dz) + r * p.dz_stride : nullptr;
       const T* z = static_cast<const T*>(p.z) + r * p.z_stride;
@@ -70,11 +68,11 @@ void backward(const RmsNormBackwardParams& p, const Parallel& par) {
 
 }  // namespace
 
-void rms_norm_forward(const RmsNormParams& p, const Parallel& par) {
+void rms_norm_forward(const NormParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<T>(p, par))
 }
 
-void rms_norm_backward(const RmsNormBackwardParams& p, const Parallel& par) {
+void rms_norm_backward(const NormBackwardParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, backward<T>(p, par))
 }
 
