@@ -301,7 +301,9 @@ class Parquet(FileSource):
 
         faults = (pyarrow.ArrowException, OSError, ValueError)  # ValueError: names in the file that are no UTF-8
         try:
-            with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            # Streamed: a row group, often a whole file, need not fit in memory.
+            options = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 1 << 16}
+            with pyarrow.parquet.ParquetFile(path, **options) as file:
                 columns = [c for c in (self.text_field, *self.meta_fields) if c in file.schema_arrow.names]
                 if self.text_field not in columns:
                     self.skips.add(f"no column {self.text_field!r}", str(path))

@@ -252,6 +252,18 @@ def test_parquet(tmp_path):
     assert len(source.skips.examples["empty document"]) == 5
 
 
+def test_a_row_group_is_not_held_in_memory(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [os.urandom(2500).hex() for _ in range(4000)]})
+    parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    del table
+    before = pyarrow.total_allocated_bytes()
+    peak = max(pyarrow.total_allocated_bytes() for _ in Parquet(tmp_path))
+    assert peak - before < 8_000_000
+
+
 def test_a_damaged_row_group_costs_no_other_rows(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
