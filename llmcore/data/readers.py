@@ -151,7 +151,8 @@ class FileSource(Source):
 
     def describe(self) -> str:
         names = ", ".join(str(root) for root in self.roots[:3]) + (", ..." if len(self.roots) > 3 else "")
-        return f"{names} (extensions {' '.join(self.extensions)})"
+        folders = any(root.is_dir() for root in self.roots)
+        return f"{names} (extensions {' '.join(self.extensions)})" if folders else names
 
     def fingerprint(self) -> str:
         parts = [type(self).__name__, *self._options()]

@@ -104,6 +104,9 @@ def test_own_template_sees_special_tokens_and_may_refuse(trained):
         "{% for i in range(10**9) %}{% endfor %}",
         "{% if %}",
         "{{ 1 / 0 }}",
+        "{{ 10**5000 }}",
+        "{{ 'a' * 10**18 }}",
+        "{% for m in messages %}" * 25 + "{% endfor %}" * 25,
     ],
 )
 def test_hostile_and_broken_templates(template):
