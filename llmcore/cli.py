@@ -68,11 +68,11 @@ def quickstart(args: argparse.Namespace) -> int:
             raise RecipeError(f"--minutes is {args.minutes}; accepted is a number above 0")
         overrides.insert(0, f"train.max_seconds={args.minutes * 60}")
     if args.resume:
-        if args.data:
+        if args.data is not None:
             raise RecipeError("--data goes with a new run; --resume goes on with the data of the old one")
         run_dir = Path(args.out) if args.out else _newest_run("quickstart")
         return _run(_own_recipe(run_dir, overrides), run_dir, args, resume=True)
-    if args.data:
+    if args.data is not None:
         overrides.append(f"data.sources=[{{path = {json.dumps(args.data, ensure_ascii=False)}}}]")
     run_dir = Path(args.out) if args.out else new_run_dir("quickstart")
     return _run(load_recipe(SHIPPED / "quickstart.toml", overrides), run_dir, args, resume=False)
@@ -151,7 +151,7 @@ def tokenizer_train(args: argparse.Namespace) -> int:
 
     def texts():
         for path in args.files:
-            source = read_source(SourceConfig(path=path))
+            source = read_source(SourceConfig(path=path, text_field=args.text_field))
             yield from (document.text for document in source)
             if source.skips.total:
                 _say(f"{path}: {source.skips}")
@@ -185,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     setting = {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "override a recipe key (repeatable)"}
     text = "Train a small model on real text and generate from it, offline: about 5 minutes on 2 cores."
     p = add("quickstart", quickstart, text)
-    p.add_argument("--data", metavar="PATH", help="a folder or file of text (default: Python's standard library)")
+    source = "a folder or file of text, JSONL or Parquet (default: Python's standard library)"
+    p.add_argument("--data", metavar="PATH", help=source)
     p.add_argument("--out", metavar="RUN", help="the run folder (default: runs/quickstart-<time>)")
     text = "training time; the tokenizer and the data before it take about half a minute more (default: 4)"
     p.add_argument("--minutes", type=float, help=text)
@@ -210,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("tokenizer", help="Train a tokenizer.", description="Train a tokenizer.")
     p = add("train", tokenizer_train, "Train a tokenizer on text.", p.add_subparsers(required=True, metavar="COMMAND"))
     p.add_argument("files", nargs="+", metavar="PATH", help="files or folders of text, JSONL or Parquet; or stdlib")
+    p.add_argument("--text-field", default="text", help="where JSONL and Parquet keep the text (default: text)")
     p.add_argument("--kind", choices=("bpe", "unigram", "word", "byte"), default="bpe")
     p.add_argument("--vocab-size", type=int, default=4096)
     p.add_argument("--out", required=True, metavar="DIR")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -49,8 +50,8 @@ class TokenizerConfig:
 class SourceConfig:
     """A part of the corpus. ``path`` is a file, a folder, or ``stdlib`` (the sources of the running Python's library).
 
-    ``format``: text | jsonl | parquet | auto (by the file's suffix; a folder is text). ``weight`` is its share of the
-    tokens, relative to the others.
+    ``format``: text | jsonl | parquet | auto (each file by its suffix). ``weight`` is its share of the tokens, relative
+    to the others.
     """
 
     path: str
@@ -61,6 +62,10 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.format not in ("auto", "text", "jsonl", "parquet"):
             raise ValueError(f"format is {self.format!r}; accepted are 'auto', 'text', 'jsonl' and 'parquet'")
+        if not self.path:
+            raise ValueError("path is empty; accepted is a file, a folder or 'stdlib'")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"weight is {self.weight}; accepted is a finite number above 0")
 
 
 @dataclass(frozen=True)

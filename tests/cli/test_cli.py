@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -186,6 +187,7 @@ def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
         capsys, "tokenizer", "train", str(folder), "--vocab-size", "9", "--out", str(tmp_path / "t")
     )
     assert "--data goes with a new run" in error_of(capsys, "quickstart", "--resume", "--data", "x")
+    assert "path is empty" in error_of(capsys, "quickstart", "--data", "")
 
 
 def test_divergence_is_one_line(capsys, tmp_path, folder):
@@ -201,6 +203,17 @@ def test_tokenizer_train(capsys, tmp_path, folder):
     assert "300 tokens" in capsys.readouterr().out
     tokenizer = Tokenizer.load(tmp_path / "t")
     assert tokenizer.decode(tokenizer.encode(program(5))) == program(5)
+
+
+def test_tokenizer_train_on_a_folder_of_json_lines(capsys, tmp_path):
+    (tmp_path / "c").mkdir()
+    lines = [json.dumps({"body": program(seed)}) for seed in range(20)]
+    (tmp_path / "c" / "a.jsonl").write_text("\n".join([*lines, "{"]))
+    command = ["tokenizer", "train", str(tmp_path / "c"), "--vocab-size", "300", "--out", str(tmp_path / "t")]
+    assert "no field 'text'" in error_of(capsys, *command)
+    assert cli.main([*command, "--text-field", "body"]) == 0
+    assert f"1 bad JSON ({tmp_path}/c/a.jsonl:21)" in capsys.readouterr().err
+    assert Tokenizer.load(tmp_path / "t").vocab_size == 300
 
 
 def test_info(capsys):
