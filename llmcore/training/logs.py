@@ -60,7 +60,7 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+                self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
             except ImportError:
                 echo(
                     "no TensorBoard logs: the package tensorboard isn't installed (pip install 'llmcore[tensorboard]')"

@@ -342,6 +342,13 @@ def test_tensorboard_events_hold_the_losses(tmp_path):
     want = [(r["step"], r["loss"]) for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
     assert [s for s, _ in got] == [s for s, _ in want]
     assert [v for _, v in got] == pytest.approx([v for _, v in want], rel=1e-6)
+    time.sleep(1.1)  # event files are read in the order of their names, which hold the second
+    log = RunLog(tmp_path, step=0, tensorboard=True)  # killed before its first checkpoint: all anew
+    log.write("train", 1, loss=9.0)
+    log.close()
+    events = loading.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 9.0)]
 
 
 def test_missing_tensorboard_is_said_once(tmp_path, monkeypatch):
