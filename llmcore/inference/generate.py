@@ -92,6 +92,9 @@ def _generators(seed: int | Sequence[int] | None, count: int) -> list[torch.Gene
     seeds = range(seed, seed + count) if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} entries; accepted: one per prompt, {count}")
+    for s in seeds:
+        if not -(2**63) <= s < 2**64:
+            raise ValueError(f"seed is {s}; accepted: -2**63 to 2**64 - 1")
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 

@@ -132,6 +132,7 @@ def test_generate_refuses_bad_settings(run, capsys, tmp_path):
     out, _ = run
     base = ["generate", "--model", str(out), "--prompt", "x"]
     assert "temperature" in error_of(capsys, *base, "--temperature", "-1")
+    assert "seed is 1000000000000000000000" in error_of(capsys, *base, "--seed", str(10**21))
     assert "max_tokens is 0" in error_of(capsys, *base, "--max-tokens", "0")
     assert "no such folder" in error_of(capsys, "generate", "--model", str(tmp_path / "no"), "--prompt", "x")
     assert "no whole checkpoint" in error_of(capsys, "generate", "--model", str(tmp_path), "--prompt", "x")
