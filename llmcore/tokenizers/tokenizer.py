@@ -230,8 +230,9 @@ class Tokenizer:
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        write_atomic(path / "tokenizer.json", self._json)
+        # tokenizer.json last: where it is, all of the folder is
         write_atomic(path / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
+        write_atomic(path / "tokenizer.json", self._json)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:

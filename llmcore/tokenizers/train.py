@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Library
 from .tokenizer import Tokenizer, _check_text
 
 KINDS = ("bpe", "unigram", "word", "byte")
+_LARGEST = 1 << 20  # tokens; the library sets room for all of them aside at once, and aborts where there is none
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 # How text is cut before merging: contractions, letters with one leading sign or space, up to three digits, signs,
@@ -71,6 +72,8 @@ def train_tokenizer(
             f"vocab_size {vocab_size} is too small: a {kind} vocabulary with {len(specials)} special tokens "
             f"needs at least {smallest}"
         )
+    elif vocab_size > _LARGEST:
+        raise ValueError(f"vocab_size is {vocab_size}; accepted: at most {_LARGEST}")
 
     ordinary = vocab_size - len(specials)
     if kind == "word":

@@ -83,6 +83,8 @@ def test_quickstart_fills_the_run_folder(run, folder):
     assert f"| held-out loss | {evals[0]['loss']:.4f} -> {evals[-1]['loss']:.4f} nats/token |" in report
     assert "| steps | 30 |" in report
     assert f"| tokens | {30 * 8 * 64:,} " in report
+    stop = read_log(out / "log.jsonl")[-1]
+    assert f"| speed | {30 * 8 * 64 / stop['elapsed']:,.0f} tokens/s" in report
     checkpoint = load_checkpoint(find_latest(out / "checkpoints"))
     count = sum(t.numel() for n, t in checkpoint.model.items() if "bias" not in n and "rope" not in n)
     assert f"{count:,} parameters" in report
@@ -186,7 +188,36 @@ def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
     assert "too small" in error_of(
         capsys, "tokenizer", "train", str(folder), "--vocab-size", "9", "--out", str(tmp_path / "t")
     )
+    assert "vocab_size is 99999999999; accepted: at most" in error_of(
+        capsys, "tokenizer", "train", str(folder), "--vocab-size", "99999999999", "--out", str(tmp_path / "t")
+    )
+    long = ["--set", f'sample.prompts=["{"+-*/" * 200}"]']
+    assert re.search(
+        r"sample.prompts\[0\] has \d+ tokens; accepted is fewer than model.max_positions = 256",
+        error_of(capsys, "quickstart", "--data", str(folder), "--out", str(tmp_path / "r"), *SMALL, *long),
+    )
+    assert not (tmp_path / "r").exists()
     assert "--data goes with a new run" in error_of(capsys, "quickstart", "--resume", "--data", "x")
+
+
+def test_a_failed_write_leaves_the_run_its_recipe(run, capsys, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    recipe = (copy / "recipe.toml").read_text()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    error = error_of(capsys, "pretrain", "--resume", str(copy), "--set", "train.log_every=7")
+    assert "No space left on device" in error
+    assert (copy / "recipe.toml").read_text() == recipe
+
+
+def test_an_empty_prompt_begins_a_document(tmp_path, folder):
+    settings = [*SMALL, "--set", 'sample.prompts=["", "def"]', "--set", "train.steps=2"]
+    assert cli.main(["quickstart", "--data", str(folder), "--out", str(tmp_path / "run"), *settings]) == 0
+    assert (tmp_path / "run" / "report.md").read_text().count("```text\n") == 2
 
 
 def test_divergence_is_one_line(capsys, tmp_path, folder):
