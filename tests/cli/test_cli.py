@@ -197,6 +197,7 @@ def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
         error_of(capsys, "quickstart", "--data", str(folder), "--out", str(tmp_path / "r"), *SMALL, *long),
     )
     assert not (tmp_path / "r").exists()
+    assert "--out goes with a new run" in error_of(capsys, "pretrain", "--resume", "x", "--out", "y")
     assert "--data goes with a new run" in error_of(capsys, "quickstart", "--resume", "--data", "x")
 
 
@@ -237,7 +238,12 @@ def test_tokenizer_train(capsys, tmp_path, folder):
 
 def test_info(capsys):
     assert cli.main(["info"]) == 0
-    assert "rms_norm: cpu float32" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "rms_norm: cpu float32" in shown
+    build = llmcore.build_info()
+    assert f"CPU kernels built for: {build['isas']}\n" in shown
+    assert f"in use: {build['active_cpu_isa']}\n" in shown
+    assert f"CUDA kernels: {build['cuda']}\n" in shown
 
 
 def test_expert_and_gpt2_recipes_run(tmp_path, folder):
