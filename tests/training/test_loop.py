@@ -23,7 +23,8 @@ from tiny import UNIFORM, VOCAB, Loader, Model, loss_fn, make_batch, make_traine
 
 import llmcore
 from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
-from llmcore.training import Loss, NonFiniteError, OptimConfig, TrainConfig, evaluate
+from llmcore.models import PRESETS, Transformer
+from llmcore.training import Loss, NonFiniteError, OptimConfig, TrainConfig, evaluate, next_token_loss
 from llmcore.training.logs import RunLog, clock, plot_losses, read_log
 from llmcore.training.state import StopSignals, random_state, seed_everything, set_random_state
 
@@ -123,6 +124,22 @@ def test_accumulation_is_one_big_batch(tmp_path):
     assert states[0][0] == pytest.approx(states[1][0], rel=1e-5)
     for name, tensor in states[0][1].items():
         torch.testing.assert_close(tensor, states[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["llama", "llama_moe", "gpt2"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_kernels_and_reference_learn_alike(tmp_path, preset, dtype):
+    """The loss curve through the kernels is the reference's: wrong gradients would part the two within a few steps."""
+    curves = []
+    for backend in ("kernel", "reference"):
+        torch.manual_seed(3)
+        model = Transformer(PRESETS[preset]("tiny", vocab_size=VOCAB))
+        run_dir, optim = tmp_path / backend, OptimConfig(lr=3e-3)
+        with llmcore.backend(backend):
+            make_trainer(run_dir, model=model, optim=optim, loss=next_token_loss, dtype=dtype, steps=12).run()
+        curves.append([r["loss"] for r in read_log(run_dir / "log.jsonl") if r["kind"] in ("train", "eval")])
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5 if dtype == "fp32" else 5e-3)
 
 
 def test_evaluation_is_weighted_by_tokens_and_leaves_the_model_training():
