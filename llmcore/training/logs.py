@@ -15,7 +15,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a ``log.jsonl``, oldest first, as one history.
 
     A run that was killed has logged steps its checkpoint doesn't hold and takes them again after it resumes; a
-    ``start`` record voids what came after its step, at step 0 everything. A line cut short by a kill is skipped.
+    ``start`` record voids what came after its step, at step 0 everything. A line cut short by a kill, or that is no
+    record, is skipped.
     """
     records: list[dict[str, Any]] = []
     path = Path(path)
@@ -25,6 +26,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
             continue
         if record["kind"] == "start":
             records = [r for r in records if r["step"] <= record["step"] > 0]

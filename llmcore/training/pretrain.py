@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
 from llmcore.inference import generate
 from llmcore.models import ModelConfig, Transformer
@@ -26,7 +28,7 @@ from llmcore.training.config import Recipe, to_toml
 from llmcore.training.corpus import build_corpus, read_source, token_bytes
 from llmcore.training.loop import Trainer, TrainResult
 from llmcore.training.report import write_report
-from llmcore.training.state import seed_everything
+from llmcore.training.state import compute_dtype, seed_everything
 
 
 def new_run_dir(name: str, parent: str | Path = "runs") -> Path:
@@ -60,6 +62,9 @@ def pretrain(
         raise CheckpointError(
             f"{checkpoints} holds no checkpoint that is whole; move the damaged ones away to resume from the first step"
         )
+    # what "auto" is on this machine stays the run's, on whatever machine it is resumed
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[compute_dtype(recipe.train.dtype, torch.device("cpu"))]
+    recipe = replace(recipe, train=replace(recipe.train, dtype=dtype))
     new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     if latest is None:

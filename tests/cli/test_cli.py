@@ -201,6 +201,16 @@ def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
     assert "--data goes with a new run" in error_of(capsys, "quickstart", "--resume", "--data", "x")
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_run_keeps_its_dtype_on_another_machine(capsys, tmp_path, folder, monkeypatch, native):
+    out = tmp_path / "run"
+    monkeypatch.setattr("llmcore.training.state.has_native_bf16", lambda _: native)
+    assert cli.main(["quickstart", "--data", str(folder), "--out", str(out), *SMALL, "--set", "train.steps=2"]) == 0
+    monkeypatch.setattr("llmcore.training.state.has_native_bf16", lambda _: not native)
+    assert cli.main(["pretrain", "--resume", str(out), "--set", "train.steps=3"]) == 0
+    assert f"| compute | {'bfloat16' if native else 'float32'} on cpu |" in (out / "report.md").read_text()
+
+
 def test_a_failed_write_leaves_the_run_its_recipe(run, capsys, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run[0], copy)

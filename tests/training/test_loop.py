@@ -336,7 +336,7 @@ def test_log_survives_a_torn_line_and_forgets_steps_taken_again(tmp_path):
         log.write("train", step, loss=float(step))
     log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"kind": "train", "st')
+        file.write('5\n{"a": 1}\n{"kind": "train", "st')
     log = RunLog(tmp_path, step=2, tensorboard=False)
     log.write("start", 2)
     log.write("train", 3, loss=30.0)
