@@ -65,9 +65,7 @@ class RunLog:
 
                 self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
             except ImportError:
-                echo(
-                    "no TensorBoard logs: the package tensorboard isn't installed (pip install 'llmcore[tensorboard]')"
-                )
+                echo("no TensorBoard logs: the package tensorboard isn't installed (pip install tensorboard)")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
