@@ -100,6 +100,8 @@ def pretrain(args: argparse.Namespace) -> int:
     if (args.recipe is None) == (args.resume is None):
         raise RecipeError("give either a RECIPE.toml to start a run or --resume RUN to go on with one")
     if args.resume:
+        if args.out:
+            raise RecipeError("--out goes with a new run; --resume goes on in the folder of the old one")
         run_dir = Path(args.resume)
         return _run(_own_recipe(run_dir, args.set), run_dir, args, resume=True)
     recipe = load_recipe(args.recipe, args.set)
@@ -165,8 +167,11 @@ def tokenizer_train(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     import llmcore
 
-    for name, value in llmcore.build_info().items():
-        print(f"{name}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    build = llmcore.build_info()
+    print(f"llmcore {build['version']}, built with {build['compiler']} against torch {build['torch']}")
+    print(f"CPU kernels built for: {build['isas']}")
+    print(f"this machine runs: {' '.join(build['cpu_isas'])}; in use: {build['active_cpu_isa']}")
+    print(f"CUDA kernels: {build['cuda']}")
     print("\nwhich backend serves which dtype")
     for op, backends in llmcore.ops.support().items():
         print(f"  {op}: " + "; ".join(f"{name} {' '.join(dtypes) or '-'}" for name, dtypes in backends.items()))
@@ -201,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = add("generate", generate, "Continue a text with a trained model.")
     p.add_argument("--model", required=True, metavar="RUN", help="a run folder or a checkpoint folder in one")
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--max-tokens", type=int, default=100)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
+    p.add_argument("--max-tokens", type=int, default=100, help="tokens to add at most (default: 100)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
     p.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
@@ -212,9 +217,10 @@ def _parser() -> argparse.ArgumentParser:
     p = add("train", tokenizer_train, "Train a tokenizer on text.", p.add_subparsers(required=True, metavar="COMMAND"))
     p.add_argument("files", nargs="+", metavar="PATH", help="files or folders of text, JSONL or Parquet; or stdlib")
     p.add_argument("--text-field", default="text", help="where JSONL and Parquet keep the text (default: text)")
-    p.add_argument("--kind", choices=("bpe", "unigram", "word", "byte"), default="bpe")
-    p.add_argument("--vocab-size", type=int, default=4096)
-    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--kind", choices=("bpe", "unigram", "word", "byte"), default="bpe", help="default: bpe")
+    text = "tokens in all; not used for byte (default: 4096)"
+    p.add_argument("--vocab-size", type=int, default=4096, metavar="N", help=text)
+    p.add_argument("--out", required=True, metavar="DIR", help="the folder of the tokenizer")
 
     add("info", info, "What this build holds and which kernel serves what.")
     return parser

@@ -291,7 +291,7 @@ class Parquet(FileSource):
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise ImportError("reading Parquet needs pyarrow: pip install 'llmcore[data]'") from error
+            raise ImportError("reading Parquet needs pyarrow: pip install pyarrow") from error
 
     def _options(self) -> list[str]:
         return [self.text_field, *self.meta_fields]

@@ -82,7 +82,7 @@ def train_tokenizer(
             f"needs at least {smallest}"
         )
     elif vocab_size > _LARGEST_VOCAB:
-        raise ValueError(f"vocab_size {vocab_size} is too large: accepted is at most {_LARGEST_VOCAB}")
+        raise ValueError(f"vocab_size is {vocab_size}; accepted: at most {_LARGEST_VOCAB}")
 
     ordinary = vocab_size - len(specials)
     if kind == "word":

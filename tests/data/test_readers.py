@@ -313,7 +313,7 @@ def test_any_files_are_read_by_their_extension(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r"pip install 'llmcore\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install pyarrow"):
         Parquet(tmp_path)
 
 
