@@ -62,6 +62,7 @@ def _on_copies(function):
         function(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return tuple(t for t in (k_cache, v_cache, k_scale, v_scale) if t is not None)
 
+    run.in_place = function
     return run
 
 
