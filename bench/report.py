@@ -55,7 +55,7 @@ def ceilings(rounds: int) -> dict[str, float]:
 
 def measure(case: Case, rounds: int, with_reference: bool) -> dict:
     case.check()
-    functions = case.implementations()
+    functions = {name: case.timed(function) for name, function in case.implementations().items()}
     if not with_reference and "torch" in functions:
         functions.pop("reference")
     times: dict[str, list[float]] = {name: [] for name in functions}

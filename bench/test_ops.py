@@ -16,7 +16,7 @@ CASES = list(cases())
     [pytest.param(case, name, id=f"{case.name} | {name}") for case in CASES for name in case.implementations()],
 )
 def test_op(case, implementation, benchmark):
-    function = case.implementations()[implementation]
+    function = case.timed(case.implementations()[implementation])
     case.check()
     benchmark.group = case.name
     benchmark.pedantic(case.call, args=(function,), rounds=5, warmup_rounds=1)

@@ -68,11 +68,11 @@ def quickstart(args: argparse.Namespace) -> int:
             raise RecipeError(f"--minutes is {args.minutes}; accepted is a number above 0")
         overrides.insert(0, f"train.max_seconds={args.minutes * 60}")
     if args.resume:
-        if args.data:
+        if args.data is not None:
             raise RecipeError("--data goes with a new run; --resume goes on with the data of the old one")
         run_dir = Path(args.out) if args.out else _newest_run("quickstart")
         return _run(_own_recipe(run_dir, overrides), run_dir, args, resume=True)
-    if args.data:
+    if args.data is not None:
         overrides.append(f"data.sources=[{{path = {json.dumps(args.data, ensure_ascii=False)}}}]")
     run_dir = Path(args.out) if args.out else new_run_dir("quickstart")
     return _run(load_recipe(SHIPPED / "quickstart.toml", overrides), run_dir, args, resume=False)
@@ -100,6 +100,8 @@ def pretrain(args: argparse.Namespace) -> int:
     if (args.recipe is None) == (args.resume is None):
         raise RecipeError("give either a RECIPE.toml to start a run or --resume RUN to go on with one")
     if args.resume:
+        if args.out:
+            raise RecipeError("--out goes with a new run; --resume goes on in the folder of the old one")
         run_dir = Path(args.resume)
         return _run(_own_recipe(run_dir, args.set), run_dir, args, resume=True)
     recipe = load_recipe(args.recipe, args.set)
@@ -151,7 +153,7 @@ def tokenizer_train(args: argparse.Namespace) -> int:
 
     def texts():
         for path in args.files:
-            source = read_source(SourceConfig(path=path))
+            source = read_source(SourceConfig(path=path, text_field=args.text_field))
             yield from (document.text for document in source)
             if source.skips.total:
                 _say(f"{path}: {source.skips}")
@@ -165,8 +167,11 @@ def tokenizer_train(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     import llmcore
 
-    for name, value in llmcore.build_info().items():
-        print(f"{name}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    build = llmcore.build_info()
+    print(f"llmcore {build['version']}, built with {build['compiler']} against torch {build['torch']}")
+    print(f"CPU kernels built for: {build['isas']}")
+    print(f"this machine runs: {' '.join(build['cpu_isas'])}; in use: {build['active_cpu_isa']}")
+    print(f"CUDA kernels: {build['cuda']}")
     print("\nwhich backend serves which dtype")
     for op, backends in llmcore.ops.support().items():
         print(f"  {op}: " + "; ".join(f"{name} {' '.join(dtypes) or '-'}" for name, dtypes in backends.items()))
@@ -185,7 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     setting = {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "override a recipe key (repeatable)"}
     text = "Train a small model on real text and generate from it, offline: about 5 minutes on 2 cores."
     p = add("quickstart", quickstart, text)
-    p.add_argument("--data", metavar="PATH", help="a folder or file of text (default: Python's standard library)")
+    source = "a folder or file of text, JSONL or Parquet (default: Python's standard library)"
+    p.add_argument("--data", metavar="PATH", help=source)
     p.add_argument("--out", metavar="RUN", help="the run folder (default: runs/quickstart-<time>)")
     text = "training time; the tokenizer and the data before it take about half a minute more (default: 4)"
     p.add_argument("--minutes", type=float, help=text)
@@ -200,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = add("generate", generate, "Continue a text with a trained model.")
     p.add_argument("--model", required=True, metavar="RUN", help="a run folder or a checkpoint folder in one")
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--max-tokens", type=int, default=100)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
+    p.add_argument("--max-tokens", type=int, default=100, help="tokens to add at most (default: 100)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
     p.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
@@ -210,9 +216,11 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("tokenizer", help="Train a tokenizer.", description="Train a tokenizer.")
     p = add("train", tokenizer_train, "Train a tokenizer on text.", p.add_subparsers(required=True, metavar="COMMAND"))
     p.add_argument("files", nargs="+", metavar="PATH", help="files or folders of text, JSONL or Parquet; or stdlib")
-    p.add_argument("--kind", choices=("bpe", "unigram", "word", "byte"), default="bpe")
-    p.add_argument("--vocab-size", type=int, default=4096)
-    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--text-field", default="text", help="where JSONL and Parquet keep the text (default: text)")
+    p.add_argument("--kind", choices=("bpe", "unigram", "word", "byte"), default="bpe", help="default: bpe")
+    text = "tokens in all; not used for byte (default: 4096)"
+    p.add_argument("--vocab-size", type=int, default=4096, metavar="N", help=text)
+    p.add_argument("--out", required=True, metavar="DIR", help="the folder of the tokenizer")
 
     add("info", info, "What this build holds and which kernel serves what.")
     return parser

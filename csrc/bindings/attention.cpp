@@ -1,5 +1,6 @@
 #include "llmcore/attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "common.h"
@@ -20,33 +21,20 @@ RowStrides strides(const Tensor& t) {  // (batch, seq, heads, dim) or packed (to
 }
 
 const int32_t* cu_seqlens(Call& call, const Tensor& cu, int64_t total, const char* what, const char* of) {
-  check_cpu(cu, what);
-  check_dtype(cu, ScalarType::Int, what);
-  check_dim(cu, 1, what, "(batch + 1,)");
-  LLMCORE_CHECK(cu.size(0) >= 1, what, " is empty; expected (batch + 1,) offsets starting with 0");
-  call.keep.push_back(dense(cu));
-  const int32_t* c = static_cast<const int32_t*>(call.keep.back().const_data_ptr());
-  const int64_t n = cu.size(0);
-  LLMCORE_CHECK(c[0] == 0, what, "[0] is ", c[0], "; offsets start with 0");
-  for (int64_t i = 1; i < n; ++i)
-    LLMCORE_CHECK(c[i] >= c[i - 1], what, "[", i, "] is ", c[i], ", below ", c[i - 1],
-                  " before it; offsets must not fall");
-  LLMCORE_CHECK(c[n - 1] == total, what, " ends with ", c[n - 1], ", but ", of, " has ", total,
-                " rows; they must be equal");
-  return c;
+  call.keep.push_back(checked_offsets(cu, total, what, of));
+  return static_cast<const int32_t*>(call.keep.back().const_data_ptr());
 }
 
 void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, int64_t window, double scale,
               double softcap, const std::string& op) {
   AttentionMask& m = call.mask;
-  LLMCORE_CHECK(std::isfinite(scale), op, ": scale is ", scale, "; it must be finite");
-  LLMCORE_CHECK(std::isfinite(softcap) && softcap >= 0, op, ": softcap is ", softcap,
-                "; it must be positive, or 0 for none");
-  LLMCORE_CHECK(window >= 0, op, ": window is ", window, "; it must be positive, or 0 for none");
   m.scale = static_cast<float>(scale);
   m.softcap = static_cast<float>(softcap);
   m.causal = causal;
-  m.window = window;
+  m.window = std::min<int64_t>(window, INT64_MAX / 2);  // so that position + window does not overflow
+  LLMCORE_CHECK(std::isfinite(m.scale), op, ": scale is ", scale, "; it must be finite in float32");
+  check_softcap(softcap, op);
+  LLMCORE_CHECK(window >= 0, op, ": window is ", window, "; it must be positive, or 0 for none");
   if (sinks) {
     const std::string what = op + ": sinks";
     check_cpu(*sinks, what.c_str());
@@ -118,8 +106,9 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     LLMCORE_CHECK(block_q >= 1 && block_k >= 1, op, ": block sizes are ", block_q, " and ", block_k, "; at least 1");
     const Tensor dense_mask = dense(*block_mask);
     const int64_t mb = dense_mask.size(0), mh = dense_mask.size(1), mq = dense_mask.size(2), mk = dense_mask.size(3);
-    LLMCORE_CHECK((mb == 1 || mb == s.batch) && (mh == 1 || mh == s.heads) && mq * block_q >= longest_q &&
-                      mk * block_k >= longest_k,
+    const auto cover = [](int64_t blocks, int64_t size, int64_t n) { return n == 0 || (n - 1) / size < blocks; };
+    LLMCORE_CHECK((mb == 1 || mb == s.batch) && (mh == 1 || mh == s.heads) && cover(mq, block_q, longest_q) &&
+                      cover(mk, block_k, longest_k),
                   what, " has shape ", shape_text(*block_mask), " with blocks of ", block_q, " x ", block_k,
                   "; it must cover batch ", s.batch, " (or 1), ", s.heads, " heads (or 1), ", longest_q,
                   " queries and ", longest_k, " keys");

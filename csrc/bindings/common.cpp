@@ -108,6 +108,28 @@ std::vector<int64_t> index_values(const Tensor& t, const char* what) {
   return {static_cast<const int32_t*>(data), static_cast<const int32_t*>(data) + count};
 }
 
+Tensor checked_offsets(const Tensor& t, int64_t total, const char* what, const char* of) {
+  check_cpu(t, what);
+  check_dtype(t, ScalarType::Int, what);
+  LLMCORE_CHECK(t.dim() == 1 && t.size(0) >= 1, what, " has shape ", shape_text(t),
+                "; expected offsets (n + 1,) that start with 0");
+  const Tensor result = dense(t);
+  const int32_t* values = static_cast<const int32_t*>(result.const_data_ptr());
+  const int64_t n = t.size(0);
+  LLMCORE_CHECK(values[0] == 0, what, "[0] is ", values[0], "; offsets start with 0");
+  for (int64_t i = 1; i < n; ++i)
+    LLMCORE_CHECK(values[i] >= values[i - 1], what, "[", i, "] is ", values[i], ", below ", values[i - 1],
+                  " before it; offsets must not fall");
+  LLMCORE_CHECK(values[n - 1] == total, what, " ends with ", values[n - 1], ", but ", of, " has ", total,
+                " rows; they must be equal");
+  return result;
+}
+
+void check_softcap(double softcap, const std::string& op) {
+  LLMCORE_CHECK(softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), op, ": softcap is ", softcap,
+                "; accepted: 1e-30 to 1e30, or 0 for none");
+}
+
 Tensor last_dim_contiguous(const Tensor& t) {
   return t.dim() == 0 || t.size(-1) == 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
 }

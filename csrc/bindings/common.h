@@ -56,6 +56,12 @@ void check_writable(const Tensor& t, const char* what);
 // The values of an int32 or int64 CPU tensor in row-major order; an error that names `what` for any other dtype.
 std::vector<int64_t> index_values(const Tensor& t, const char* what);
 
+// The values of int32 (n + 1,) offsets into `total` rows of `of`, which rise from 0 to `total`; dense.
+Tensor checked_offsets(const Tensor& t, int64_t total, const char* what, const char* of);
+
+// Where softcap and 1 / softcap, times a score or its scale, stay finite in float32.
+void check_softcap(double softcap, const std::string& op);
+
 // The tensor itself if its last dimension is contiguous, else a contiguous copy.
 Tensor last_dim_contiguous(const Tensor& t);
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -74,7 +80,9 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::opti
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = std::nullopt);
 Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt);  // contiguous
 
-// (workers, ...) float32 partial sums -> their sum over the first dimension, in `dtype`.
+// How many partial sums (of kSumRows each) there are of `rows` rows.
+inline int64_t num_partials(int64_t rows) { return (rows + kSumRows - 1) / kSumRows; }
+// (partials, ...) float32 -> their sum over the first dimension, in `dtype`.
 Tensor sum_partials(const Tensor& partials, ScalarType dtype);
 
 Parallel torch_parallel();

@@ -41,10 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_backward(const Tensor& dy, const 
   check_same_shape(dy, x, "dyt_backward: dy", "x");
   const Rows dy_rows = as_rows(dy);
   const Tensor w = dense(weight);
-  const Parallel par = torch_parallel();
-  Tensor dx = empty_same_shape(x), dalpha = zeros(x, {par.threads}, ScalarType::Double);
-  Tensor dweight = zeros(x, {par.threads, rows.dim}, ScalarType::Float);
-  Tensor dbias = zeros(x, {par.threads, has_bias ? rows.dim : 0}, ScalarType::Float);
+  const int64_t partials = num_partials(rows.rows);
+  Tensor dx = empty_same_shape(x), dalpha = zeros(x, {partials}, ScalarType::Double);
+  Tensor dweight = zeros(x, {partials, rows.dim}, ScalarType::Float);
+  Tensor dbias = zeros(x, {partials, has_bias ? rows.dim : 0}, ScalarType::Float);
   DytBackwardParams p{dtype,
                       rows.rows,
                       rows.dim,
@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_backward(const Tensor& dy, const 
                       static_cast<double*>(dalpha.mutable_data_ptr()),
                       static_cast<float*>(dweight.mutable_data_ptr()),
                       has_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr};
-  if (rows.dim > 0) cpu::dyt_backward(p, par);
+  if (rows.dim > 0) cpu::dyt_backward(p, torch_parallel());
   double total = 0;
-  for (int64_t w = 0; w < par.threads; ++w) total += p.dalpha_partial[w];
+  for (int64_t i = 0; i < partials; ++i) total += p.dalpha_partial[i];
   Tensor alpha_gradient = empty_same_shape(alpha);
   torch::stable::fill_(alpha_gradient, total);
   return {dx, alpha_gradient, sum_partials(dweight, weight.scalar_type()), sum_partials(dbias, weight.scalar_type())};

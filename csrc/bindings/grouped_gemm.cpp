@@ -5,20 +5,9 @@
 namespace llmcore {
 namespace {
 
-// offsets as a dense tensor that rises from 0 to rows.
-Tensor checked_offsets(const Tensor& offsets, int64_t num_experts, int64_t rows, const std::string& what) {
-  check_cpu(offsets, what.c_str());
-  check_dtype(offsets, ScalarType::Int, what.c_str());
-  check_shape(offsets, {num_experts + 1}, what.c_str());
-  const Tensor result = dense(offsets);
-  const int32_t* values = static_cast<const int32_t*>(result.const_data_ptr());
-  LLMCORE_CHECK(values[0] == 0, what, "[0] is ", values[0], "; it must be 0");
-  for (int64_t e = 0; e < num_experts; ++e)
-    LLMCORE_CHECK(values[e + 1] >= values[e], what, "[", e + 1, "] is ", values[e + 1], ", below ", what, "[", e, "], ",
-                  values[e], "; they must not fall");
-  LLMCORE_CHECK(values[num_experts] == rows, what, "[", num_experts, "] is ", values[num_experts],
-                "; the last one must be the number of rows, ", rows);
-  return result;
+Tensor expert_offsets(const Tensor& offsets, int64_t num_experts, int64_t rows, const char* what) {
+  check_shape(offsets, {num_experts + 1}, what);
+  return checked_offsets(offsets, rows, what, "x_sorted");
 }
 
 // weight (num_experts, n, k), walked by its strides when n or k is contiguous.
@@ -37,7 +26,7 @@ Tensor grouped_gemm(const Tensor& x_sorted, const Tensor& weight, const Tensor& 
   const int64_t rows = x_sorted.size(0), num_experts = w.size(0), n = w.size(1), k = w.size(2);
   LLMCORE_CHECK(x_sorted.size(1) == k, "grouped_gemm: x_sorted has shape ", shape_text(x_sorted),
                 ", but weight has shape ", shape_text(weight), "; their last dimensions must be equal");
-  const Tensor o = checked_offsets(offsets, num_experts, rows, "grouped_gemm: offsets");
+  const Tensor o = expert_offsets(offsets, num_experts, rows, "grouped_gemm: offsets");
   const Rows x = as_rows(x_sorted);
   Tensor y = empty(x_sorted, {rows, n});
   cpu::grouped_gemm({dtype, num_experts, n, k, x.tensor.const_data_ptr(), x.stride, w.const_data_ptr(), w.stride(0),
@@ -56,7 +45,7 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward(const Tensor& dy, const Tensor&
   check_cpu(dy, "grouped_gemm_backward: dy");
   check_same_dtype(dy, x_sorted, "grouped_gemm_backward: dy", "x_sorted");
   check_shape(dy, {rows, n}, "grouped_gemm_backward: dy");
-  const Tensor o = checked_offsets(offsets, num_experts, rows, "grouped_gemm_backward: offsets");
+  const Tensor o = expert_offsets(offsets, num_experts, rows, "grouped_gemm_backward: offsets");
   const int32_t* ends = static_cast<const int32_t*>(o.const_data_ptr());
   const Rows x = as_rows(x_sorted), d = as_rows(dy);
   const Parallel par = torch_parallel();

@@ -1,5 +1,7 @@
 #include "llmcore/linear_cross_entropy.h"
 
+#include <cmath>
+
 #include "common.h"
 
 namespace llmcore {
@@ -33,7 +35,8 @@ Call checked(const std::string& op, const Tensor& hidden, const Tensor& weight, 
   for (int64_t d = 0; match && d < targets.dim(); ++d) match = targets.size(d) == hidden.size(d);
   LLMCORE_CHECK(match, op, ": targets has shape ", shape_text(targets), ", but hidden has ", shape_text(hidden),
                 "; expected hidden's shape without its last dimension");
-  LLMCORE_CHECK(softcap >= 0, op, ": softcap is ", softcap, "; it must be positive, or 0 for none");
+  check_softcap(softcap, op);
+  LLMCORE_CHECK(std::isfinite(z_loss), op, ": z_loss is ", z_loss, "; it must be finite");
   LLMCORE_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing is ", label_smoothing,
                 "; accepted: 0 to 1");
   Call call{{}, as_rows(hidden), as_rows(weight), dense(targets), {}, targets.numel()};

@@ -17,6 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k
                 "; it must divide the number of experts, ", num_experts);
   LLMCORE_CHECK(topk_groups >= 1 && topk_groups <= num_groups, "moe_route: topk_groups is ", topk_groups,
                 "; accepted: 1 to num_groups (", num_groups, ")");
+  LLMCORE_CHECK(std::isfinite(scale), "moe_route: scale is ", scale, "; it must be finite");
   const int64_t candidates = num_experts / num_groups * topk_groups;
   LLMCORE_CHECK(top_k >= 1 && top_k <= candidates, "moe_route: top_k is ", top_k, "; accepted: 1 to ", candidates,
                 ", the number of experts in the chosen groups");

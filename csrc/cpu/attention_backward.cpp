@@ -78,7 +78,7 @@ class Backward {
     const int64_t tasks = heads * splits, stride = max_k_ * (dk_width_ + dv_width_);
     // One accumulator per worker, or one per task when several tasks share a KV head.
     Scratch<float> accumulators((splits == 1 ? min64(par_.threads, tasks) : tasks) * stride);
-    Scratch<float> dsinks(tasks * group_);
+    Scratch<double> dsinks(tasks * group_);  // each sums as many terms as there are queries
     Scratch<W*> workers(par_.threads);
     for (int i = 0; i < par_.threads; ++i) workers.data()[i] = nullptr;
     parallel_tasks(par_, tasks, [&](int64_t i, int64_t w) {
@@ -103,13 +103,13 @@ class Backward {
 
  private:
   // dk (max_k, dk_width_) and dv (max_k, dv_width_) of one KV head, from the query blocks of share `split`.
-  void one_head(int64_t index, int64_t split, int64_t splits, W& x, float* acc, float* dsinks) const {
+  void one_head(int64_t index, int64_t split, int64_t splits, W& x, float* acc, double* dsinks) const {
     const int64_t b = index / p_.shape.kv_heads, kv_head = index % p_.shape.kv_heads;
     const Sequence seq = sequence(p_.shape, b);
     float *dk = acc, *dv = acc + max_k_ * dk_width_;
     __builtin_memset(dk, 0, seq.num_k * dk_width_ * sizeof(float));
     __builtin_memset(dv, 0, seq.num_k * dv_width_ * sizeof(float));
-    for (int64_t g = 0; g < group_; ++g) dsinks[g] = 0.f;
+    for (int64_t g = 0; g < group_; ++g) dsinks[g] = 0;
     for (int64_t first = split * queries_; first < seq.num_q; first += splits * queries_) {
       const Task t{b, kv_head, first, min64(queries_, seq.num_q - first) * group_, seq};
       load_queries(t, x, dsinks);
@@ -123,7 +123,7 @@ class Backward {
     }
   }
 
-  void load_queries(const Task& t, W& x, float* dsinks) const {
+  void load_queries(const Task& t, W& x, double* dsinks) const {
     const AttentionShape& s = p_.shape;
     const int64_t q_steps = steps_of<Product>(s.head_dim), v_steps = steps_of<Product>(s.v_head_dim);
     float *out = x.row_copy.data(), *dout = out + s.v_head_dim + kLanes;
@@ -143,8 +143,9 @@ class Backward {
       const int64_t head = t.kv_head * group_ + r % group_;
       const int64_t at_row = t.b * p_.lse_batch + head * p_.lse_head + t.seq.q_start + t.first_query + r / group_;
       const float lse = p_.lse[at_row];
-      // ds = p * (dp - delta): the gradient of lse enters as a constant of the row
-      x.delta.data()[r] = reduce_sum(sum) - (p_.dlse ? p_.dlse[at_row] : 0.f);
+      // ds = p * (dp - delta): the gradient of lse enters as a constant of the row. A row without keys has no gradient,
+      // whatever reaches its lse (NaN, when -inf goes on through a logarithm).
+      x.delta.data()[r] = lse == kNegInf ? 0.f : reduce_sum(sum) - (p_.dlse ? p_.dlse[at_row] : 0.f);
       x.lse.data()[r] = lse == kNegInf ? -kNegInf : lse * kLog2e;  // no key: every probability is 2^-inf = 0
       if (p_.mask.sinks && lse != kNegInf)
         dsinks[r % group_] -= __builtin_expf(p_.mask.sinks[head] - lse) * x.delta.data()[r];

@@ -31,13 +31,11 @@ template <class T>
 void backward(const DytBackwardParams& p, const Parallel& par) {
   const T* weight = static_cast<const T*>(p.weight);
   const float alpha = to_float(*static_cast<const T*>(p.alpha));
-  const int64_t workers = par.threads;
-  // One contiguous range per worker, so that the parameters' gradients are summed in the same order in every run.
-  parallel_tasks(par, workers, [&](int64_t w, int64_t) {
-    float* dweight = p.dweight_partial + w * p.dim;
-    float* dbias = p.dbias_partial ? p.dbias_partial + w * p.dim : nullptr;
+  parallel_row_blocks(par, p.rows, [&](int64_t block, int64_t begin, int64_t end) {
+    float* dweight = p.dweight_partial + block * p.dim;
+    float* dbias = p.dbias_partial ? p.dbias_partial + block * p.dim : nullptr;
     double dalpha = 0;
-    for (int64_t r = p.rows * w / workers; r < p.rows * (w + 1) / workers; ++r) {
+    for (int64_t r = begin; r < end; ++r) {
       const T* dy = static_cast<const T*>(p.dy) + r * p.dy_stride;
       const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
       T* dx = static_cast<T*>(p.dx) + r * p.dim;
@@ -53,7 +51,7 @@ void backward(const DytBackwardParams& p, const Parallel& par) {
       });
       dalpha += static_cast<double>(reduce_sum(row_dalpha));
     }
-    p.dalpha_partial[w] = dalpha;
+    p.dalpha_partial[block] = dalpha;
   });
 }
 

@@ -273,6 +273,32 @@ LLMCORE_NOINLINE void gemm_pack(Elem* out, int64_t count, int64_t k, int64_t ste
                            [&](int64_t r) { return m.data + (i + r) * m.row_stride; });
 }
 
+// Brings a block of a matrix into L2 little by little, while the block before it is multiplied: packing reads rows that
+// are far apart and short, which no hardware prefetcher follows.
+class Prefetch {
+ public:
+  template <class T>
+  Prefetch(Matrix<T> m, int64_t rows, int64_t cols) {
+    const bool by_rows = m.col_stride == 1;
+    at_ = reinterpret_cast<const char*>(m.data);
+    stride_ = (by_rows ? m.row_stride : m.col_stride) * sizeof(T);
+    bytes_ = (by_rows ? cols : rows) * sizeof(T);
+    left_ = by_rows ? rows : cols;
+  }
+  int64_t lines() const { return left_ * ((bytes_ + 63) / 64); }
+  void next(int64_t lines) {
+    for (; lines > 0 && left_ > 0; --lines) {
+      __builtin_prefetch(at_ + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ >= bytes_) offset_ = 0, at_ += stride_, --left_;
+    }
+  }
+
+ private:
+  const char* at_;
+  int64_t stride_, bytes_, left_, offset_ = 0;
+};
+
 // c (m, n) = a (m, k) * b (k, n), or c += when `accumulate`; c is float, row-major with c_stride. Single-threaded.
 template <class TA, class TB>
 LLMCORE_NOINLINE void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, float* c, int64_t c_stride,
@@ -288,17 +314,26 @@ LLMCORE_NOINLINE void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix
     const bool add = accumulate || k0 > 0;
     for (int64_t n0 = 0; n0 < n; n0 += kBlockN) {
       const int64_t nb = n - n0 < kBlockN ? n - n0 : kBlockN;
+      // The block of b after this one: to its right, else the first of the next k.
+      const int64_t next_k = n0 + kBlockN < n ? k0 : k0 + kBlockK, next_n = n0 + kBlockN < n ? n0 + kBlockN : 0;
+      Prefetch next_b(Matrix<TB>{b.data + next_k * b.row_stride + next_n * b.col_stride, b.row_stride, b.col_stride},
+                      next_k < k ? (k - next_k < kBlockK ? k - next_k : kBlockK) : 0,
+                      n - next_n < kBlockN ? n - next_n : kBlockN);
+      const int64_t tiles = (nb + kPanel - 1) / kPanel * ((m + kTileRows - 1) / kTileRows),
+                    lines_per_tile = (next_b.lines() + tiles - 1) / tiles;
       Elem* b_packed = scratch.b<Elem>();
       gemm_pack<kPanel>(b_packed, nb, kb, steps,
                         Matrix<TB>{b.data + k0 * b.row_stride + n0 * b.col_stride, b.col_stride, b.row_stride});
       for (int64_t m0 = 0; m0 < m; m0 += kBlockM) {
         const int64_t mb = m - m0 < kBlockM ? m - m0 : kBlockM;
         Elem* a_packed = scratch.a<Elem>();
-        gemm_pack<kTileRows>(a_packed, mb, kb, steps,
-                             Matrix<TA>{a.data + m0 * a.row_stride + k0 * a.col_stride, a.row_stride, a.col_stride});
+        if (n0 == 0 || m > kBlockM)  // else it is there already
+          gemm_pack<kTileRows>(a_packed, mb, kb, steps,
+                               Matrix<TA>{a.data + m0 * a.row_stride + k0 * a.col_stride, a.row_stride, a.col_stride});
         for (int64_t j = 0; j < nb; j += kPanel)
           for (int64_t i = 0; i < mb; i += kTileRows) {
             const int64_t rows = mb - i < kTileRows ? mb - i : kTileRows;
+            next_b.next(lines_per_tile);
             const auto multiply = [&](float* to, int64_t to_stride, bool onto) {
               multiply_panels<Product, false>(rows, 1, steps, a_packed + i * steps, kTileRows, b_packed + j * steps, 0,
                                               to, to_stride, onto);

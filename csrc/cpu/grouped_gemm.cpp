@@ -7,12 +7,20 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = kBlockM, kColumnBlock = 2 * kBlockN;  // of one task
-constexpr int kDirectRows = 4;           // experts with so few rows read their weights once, unpacked
-constexpr int64_t kDirectColumns = 256;  // of one direct task: its sums stay in L1
+constexpr int64_t kRowBlock = kBlockM;            // of one task: packed once for all its columns
+constexpr int64_t kMaxColumnBlock = 4 * kBlockN;  // of one task
+constexpr int kDirectRows = 4;                    // experts with so few rows read their weights once, unpacked
+constexpr int64_t kDirectColumns = 256;           // of one direct task: its sums stay in L1
 
 LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 LLMCORE_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+
+// Columns of a task: wide, unless the threads would then lack tasks.
+int64_t column_block(int64_t row_blocks, int64_t columns, int threads) {
+  int64_t block = kMaxColumnBlock;
+  while (block > kBlockN && row_blocks * blocks(columns, block) < 3 * threads) block /= 2;
+  return block;
+}
 
 // Numbers the tasks of all experts: first[e] .. first[e + 1] are those of expert e.
 template <class CountFn>
@@ -107,12 +115,15 @@ template <class T>
 void multiply(const GroupedGemmParams& p, const Parallel& par) {
   Scratch<int64_t> first(p.num_experts + 1);
   const auto rows_of = [&](int64_t e) -> int64_t { return p.offsets[e + 1] - p.offsets[e]; };
+  int64_t all_row_blocks = 0;
+  for (int64_t e = 0; e < p.num_experts; ++e) all_row_blocks += blocks(rows_of(e), kRowBlock);
+  const int64_t columns = column_block(all_row_blocks, p.n, par.threads);
   const int64_t tasks = number_tasks(p.num_experts, first.data(), [&](int64_t e) -> int64_t {
     const int64_t rows = rows_of(e);
     return rows <= kDirectRows ? (rows > 0) * blocks(p.n, kDirectColumns)
-                               : blocks(rows, kRowBlock) * blocks(p.n, kColumnBlock);
+                               : blocks(rows, kRowBlock) * blocks(p.n, columns);
   });
-  GemmWorkers workers(par.threads, kRowBlock * kColumnBlock);
+  GemmWorkers workers(par.threads, kRowBlock * columns);
   Scratch<float> x_rows(par.threads * kDirectRows * p.k);
   parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
     const int64_t e = expert_of(first.data(), p.num_experts, task), rows = rows_of(e),
@@ -128,25 +139,48 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
       return;
     }
     const int64_t row_blocks = blocks(rows, kRowBlock);
-    const int64_t r = of_expert % row_blocks * kRowBlock, j = of_expert / row_blocks * kColumnBlock;
+    const int64_t r = of_expert % row_blocks * kRowBlock, j = of_expert / row_blocks * columns;
     b.data += j * b.col_stride;
-    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, kColumnBlock), p.k,
-            Matrix<T>{x + r * p.x_stride, p.x_stride, 1}, b, y + r * p.n + j, p.n, workers.tile(worker),
-            workers.packing(worker));
+    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, columns), p.k, Matrix<T>{x + r * p.x_stride, p.x_stride, 1},
+            b, y + r * p.n + j, p.n, workers.tile(worker), workers.packing(worker));
   });
+}
+
+// out[j][i] = sum_r dy[r][j] x[r][i] for `rows` <= kDirectRows: each row of out is written once, nothing is packed.
+// `x_rows` holds kDirectRows * k floats.
+template <class T>
+void outer_products(int64_t rows, int64_t n, int64_t k, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride,
+                    T* out, int64_t out_stride, float* x_rows) {
+  for (int64_t r = 0; r < kDirectRows; ++r)
+    for (int64_t i = 0; i < k; ++i) x_rows[r * k + i] = r < rows ? to_float(x[r * x_stride + i]) : 0.f;
+  for (int64_t j = 0; j < n; ++j) {
+    vf d[kDirectRows];
+    for (int64_t r = 0; r < kDirectRows; ++r) d[r] = set1(r < rows ? to_float(dy[r * dy_stride + j]) : 0.f);
+    for_row(k, [&](int64_t i, auto lanes) {
+      vf sum = d[0] * load_n(x_rows + i, lanes);
+      for (int64_t r = 1; r < rows; ++r) sum = fma(d[r], load_n(x_rows + r * k + i, lanes), sum);
+      store_n(out + j * out_stride + i, sum, lanes);
+    });
+  }
 }
 
 template <class T>
 void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
-  const int64_t n_blocks = blocks(p.n, kRowBlock), k_blocks = blocks(p.k, kColumnBlock);
-  GemmWorkers workers(par.threads, kRowBlock * kColumnBlock);
+  const int64_t n_blocks = blocks(p.n, kRowBlock);
+  const int64_t columns = column_block(p.num_experts * n_blocks, p.k, par.threads), k_blocks = blocks(p.k, columns);
+  GemmWorkers workers(par.threads, kRowBlock * columns);
   parallel_tasks(par, p.num_experts * n_blocks * k_blocks, [&](int64_t task, int64_t worker) {
     const int64_t e = task / (n_blocks * k_blocks), begin = p.offsets[e];
-    const int64_t j = task / k_blocks % n_blocks * kRowBlock, i = task % k_blocks * kColumnBlock;
-    gemm_to(at_most(p.n - j, kRowBlock), at_most(p.k - i, kColumnBlock), p.offsets[e + 1] - begin,
-            Matrix<T>{static_cast<const T*>(p.dy) + begin * p.dy_stride + j, 1, p.dy_stride},
-            Matrix<T>{static_cast<const T*>(p.x) + begin * p.x_stride + i, p.x_stride, 1},
-            static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i, p.k, workers.tile(worker), workers.packing(worker));
+    const int64_t j = task / k_blocks % n_blocks * kRowBlock, i = task % k_blocks * columns;
+    const int64_t rows = p.offsets[e + 1] - begin, n = at_most(p.n - j, kRowBlock), k = at_most(p.k - i, columns);
+    const T* dy = static_cast<const T*>(p.dy) + begin * p.dy_stride + j;
+    const T* x = static_cast<const T*>(p.x) + begin * p.x_stride + i;
+    T* out = static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i;
+    if (rows <= kDirectRows)
+      outer_products(rows, n, k, dy, p.dy_stride, x, p.x_stride, out, p.k, workers.tile(worker));
+    else
+      gemm_to(n, k, rows, Matrix<T>{dy, 1, p.dy_stride}, Matrix<T>{x, p.x_stride, 1}, out, p.k, workers.tile(worker),
+              workers.packing(worker));
   });
 }
 

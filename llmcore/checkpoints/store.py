@@ -112,7 +112,11 @@ def _sha256(path: Path) -> str:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{path}: not written: {error}") from None
 
 
 def save_checkpoint(

@@ -2,11 +2,12 @@
 
 from .mixture import Mixture
 from .packing import Batch, PackedDataset
-from .readers import Document, JsonLines, Parquet, SkipReport, Source, TextFiles, Texts, python_stdlib
+from .readers import AnyFiles, Document, JsonLines, Parquet, SkipReport, Source, TextFiles, Texts, python_stdlib
 from .shards import TokenDataset, prepare
 from .splits import Split, part_of
 
 __all__ = [
+    "AnyFiles",
     "Batch",
     "Document",
     "JsonLines",

@@ -13,13 +13,15 @@ import stat
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".py")
-MAX_PART_BYTES = 4 << 20  # a longer text file is cut into documents of at most this size, at a line end
+TEXT_EXTENSIONS = (".txt", ".txt.gz", ".md", ".rst", ".py")
+JSONL_EXTENSIONS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+PARQUET_EXTENSIONS = (".parquet",)
+MAX_PART_BYTES = 4 << 20  # a longer text is cut into documents of at most this size: tokenising takes 140 times as much
 MAX_LINE_BYTES = 64 << 20  # a longer JSON line is skipped: nobody wants it, and it must fit in memory
 _EXAMPLES = 5
 
@@ -65,7 +67,8 @@ class SkipReport:
 class Source:
     """A corpus that can be read again and again: iterating gives its `Document`s in an order that never changes.
 
-    `skips` is the report of the latest iteration. Iterating raises ValueError when not one document was found.
+    A text longer than `MAX_PART_BYTES` comes as several documents, cut at a line end where there is one. `skips` is the
+    report of the latest iteration. Iterating raises ValueError when not one document was found.
     """
 
     skips: SkipReport
@@ -82,7 +85,9 @@ class Source:
                 self.skips.add(reason, document.source_id)
                 continue
             found = True
-            yield document
+            for number, part in enumerate(cut(document.text, MAX_PART_BYTES)):
+                source_id = f"{document.source_id}#{number}" if number else document.source_id
+                yield replace(document, text=part, source_id=source_id)
         if not found:
             raise ValueError(f"{self.describe()} holds no documents ({self.skips})")
 
@@ -119,9 +124,9 @@ class Texts(Source):
 class FileSource(Source):
     """Files given by name, and all files below given folders whose name ends in one of `extensions`.
 
-    Hidden files and folders (a leading dot) are left out, symbolic links to folders are not followed, and the order is
-    that of the sorted paths. `exclude(relative_path)` may leave out more. A file named directly is read whatever its
-    extension. Raises FileNotFoundError for a path that doesn't exist.
+    Hidden files and folders (a leading dot) are left out, symbolic links to folders are not followed but counted as
+    skipped, and the order is that of the sorted paths. `exclude(relative_path)` may leave out more. A file named
+    directly is read whatever its extension. Raises FileNotFoundError for a path that doesn't exist.
     """
 
     def __init__(
@@ -133,7 +138,7 @@ class FileSource(Source):
         super().__init__()
         if isinstance(paths, (str, os.PathLike)):
             paths = [paths]
-        self.roots = [Path(path).resolve() for path in paths]
+        self.roots = [Path(os.path.abspath(path)) for path in paths]  # links stay: a target's name may say less
         if not self.roots:
             raise ValueError("no paths given")
         for root in self.roots:
@@ -146,7 +151,8 @@ class FileSource(Source):
 
     def describe(self) -> str:
         names = ", ".join(str(root) for root in self.roots[:3]) + (", ..." if len(self.roots) > 3 else "")
-        return f"{names} (extensions {' '.join(self.extensions)})"
+        folders = any(root.is_dir() for root in self.roots)
+        return f"{names} (extensions {' '.join(self.extensions)})" if folders else names
 
     def fingerprint(self) -> str:
         parts = [type(self).__name__, *self._options()]
@@ -174,6 +180,9 @@ class FileSource(Source):
 
             for folder, subfolders, files in os.walk(root, onerror=unreadable):
                 subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                for name in subfolders:
+                    if os.path.islink(os.path.join(folder, name)):
+                        skips.add("symbolic link to a folder", os.path.join(folder, name))
                 for name in sorted(files):
                     if name.startswith(".") or not name.lower().endswith(self.extensions):
                         continue
@@ -238,7 +247,7 @@ class JsonLines(FileSource):
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         text_field: str = "text",
         meta_fields: Sequence[str] = (),
-        extensions: Sequence[str] = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"),
+        extensions: Sequence[str] = JSONL_EXTENSIONS,
     ) -> None:
         super().__init__(paths, extensions)
         self.text_field, self.meta_fields = text_field, tuple(meta_fields)
@@ -275,14 +284,14 @@ class Parquet(FileSource):
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         text_field: str = "text",
         meta_fields: Sequence[str] = (),
-        extensions: Sequence[str] = (".parquet",),
+        extensions: Sequence[str] = PARQUET_EXTENSIONS,
     ) -> None:
         super().__init__(paths, extensions)
         self.text_field, self.meta_fields = text_field, tuple(meta_fields)
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise ImportError("reading Parquet needs pyarrow: pip install 'llmcore[data]'") from error
+            raise ImportError("reading Parquet needs pyarrow: pip install pyarrow") from error
 
     def _options(self) -> list[str]:
         return [self.text_field, *self.meta_fields]
@@ -291,30 +300,70 @@ class Parquet(FileSource):
         import pyarrow
         import pyarrow.parquet
 
-        number = 0
+        faults = (pyarrow.ArrowException, OSError, ValueError)  # ValueError: names in the file that are no UTF-8
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            # Streamed: a row group, often a whole file, need not fit in memory.
+            options = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 1 << 16}
+            with pyarrow.parquet.ParquetFile(path, **options) as file:
                 columns = [c for c in (self.text_field, *self.meta_fields) if c in file.schema_arrow.names]
                 if self.text_field not in columns:
                     self.skips.add(f"no column {self.text_field!r}", str(path))
                     return
-                for batch in file.iter_batches(batch_size=256, columns=columns):
-                    arrays = [batch.column(column) for column in columns]
-                    for row in range(batch.num_rows):
-                        number += 1
-                        try:
-                            record = {column: array[row].as_py() for column, array in zip(columns, arrays)}
-                        except UnicodeDecodeError:
-                            self.skips.add("invalid UTF-8", f"{path}:{number}")
-                            continue
-                        reason = _text_fault(record, self.text_field)
-                        if reason:
-                            self.skips.add(reason, f"{path}:{number}")
-                            continue
-                        text = record.pop(self.text_field)
-                        yield Document(text, f"{name}:{number}", record or None)
-        except pyarrow.ArrowException as error:
-            self.skips.add("unreadable or truncated file", f"{path} after row {number} ({_reason(error)})")
+                first = 1
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    try:
+                        yield from self._read_group(file, group, columns, path, name, first)
+                    except faults as error:
+                        place = f"{path} rows {first} to {first + rows - 1} ({_reason(error)})"
+                        self.skips.add("unreadable or truncated row group", place)
+                    first += rows
+        except faults as error:
+            self.skips.add("unreadable or truncated file", f"{path} ({_reason(error)})")
+
+    def _read_group(
+        self, file: Any, group: int, columns: list[str], path: Path, name: str, number: int
+    ) -> Iterator[Document]:
+        """The documents of one row group, whose first row is row `number` of the file."""
+        for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+            arrays = [batch.column(column) for column in columns]
+            for row in range(batch.num_rows):
+                try:
+                    record = {column: array[row].as_py() for column, array in zip(columns, arrays)}
+                    reason = _text_fault(record, self.text_field)
+                except UnicodeDecodeError:
+                    reason = "invalid UTF-8"
+                if reason:
+                    self.skips.add(reason, f"{path}:{number + row}")
+                    continue
+                text = record.pop(self.text_field)
+                yield Document(text, f"{name}:{number + row}", record or None)
+            number += batch.num_rows
+
+
+class AnyFiles(FileSource):
+    """Text, JSONL and Parquet files together, each read as its extension says; a file with any other one as text."""
+
+    def __init__(
+        self, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], text_field: str = "text"
+    ) -> None:
+        super().__init__(paths, (*TEXT_EXTENSIONS, *JSONL_EXTENSIONS, *PARQUET_EXTENSIONS))
+        self.text_field = text_field
+
+    def _options(self) -> list[str]:
+        return [self.text_field]
+
+    def _read(self, path: Path, name: str) -> Iterator[Document]:
+        lower = path.name.lower()
+        reader: FileSource
+        if lower.endswith(JSONL_EXTENSIONS):
+            reader = JsonLines(path, self.text_field)
+        elif lower.endswith(PARQUET_EXTENSIONS):
+            reader = Parquet(path, self.text_field)
+        else:
+            reader = TextFiles(path)
+        reader.skips = self.skips
+        return reader._read(path, name)
 
 
 def python_stdlib() -> TextFiles:
@@ -343,6 +392,16 @@ def digest(parts: Iterable[str]) -> str:
         data = part.encode("utf-8", "surrogatepass")
         state.update(len(data).to_bytes(8, "little") + data)
     return state.hexdigest()
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """`text` in parts of at most `size` characters: up to a line end if there is one, else a space, else anywhere."""
+    at = 0
+    while len(text) - at > size:
+        end = text.rfind("\n", at, at + size) + 1 or text.rfind(" ", at, at + size) + 1 or at + size
+        yield text[at:end]
+        at = end
+    yield text[at:]
 
 
 def _open(path: Path) -> IO[bytes]:

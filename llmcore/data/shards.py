@@ -114,17 +114,14 @@ def prepare(
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     parts = [FORMAT, source.fingerprint(), tokenizer.fingerprint, str(add_bos), str(shard_tokens)]
     fingerprint = digest(parts)
+    if finished := _finished(out_dir, tokenizer, fingerprint):  # before the lock: the folder may be read-only
+        return finished
+    out_dir.mkdir(parents=True, exist_ok=True)
     with _only_process(out_dir):
-        if (out_dir / "meta.json").exists():
-            try:
-                dataset = TokenDataset(out_dir, tokenizer)
-                if dataset.meta["fingerprint"] == fingerprint:
-                    return dataset
-            except ValueError:
-                pass  # damaged, or made with another tokenizer: make it anew
+        if finished := _finished(out_dir, tokenizer, fingerprint):
+            return finished
         state = _write_shards(source, tokenizer, out_dir, fingerprint[:16], add_bos, shard_tokens, progress)
         meta = {
             "format": FORMAT,
@@ -147,6 +144,15 @@ def prepare(
             if _OURS.fullmatch(path.name) and path.name not in keep:
                 path.unlink()
     return TokenDataset(out_dir, tokenizer)
+
+
+def _finished(folder: Path, tokenizer: Tokenizer, fingerprint: str) -> TokenDataset | None:
+    """The data set in `folder` if it is whole and of these inputs."""
+    try:
+        dataset = TokenDataset(folder, tokenizer)
+    except (FileNotFoundError, ValueError):  # none there, damaged, or made with another tokenizer
+        return None
+    return dataset if dataset.meta["fingerprint"] == fingerprint else None
 
 
 def _write_shards(

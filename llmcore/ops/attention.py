@@ -9,7 +9,20 @@ from torch import Tensor
 
 from llmcore import reference
 from llmcore.ops.block_mask import BlockMask
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
+
+
+def _options(
+    op: str, q: Tensor, window: int | None, scale: float | None, softcap: float | None
+) -> tuple[int, float, float]:
+    """(window, scale, softcap) as the schemas take them, 0 for none."""
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window is {window}; it must be at least 1, or None")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None")
+    if scale is None:  # a q without a head_dim, or with an empty one, is refused where shapes are checked
+        scale = max(q.shape[-1:].numel(), 1) ** -0.5
+    return window or 0, scale, softcap or 0.0
 
 
 def attention(
@@ -41,7 +54,7 @@ def attention(
         causal: a query sees no later key.
         window: a query sees keys less than `window` positions away: `window` keys, itself included, when causal.
         scale: factor of the scores; 1 / sqrt(head_dim) by default.
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118).
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118); 1e-30 to 1e30.
         sinks: (heads,): a further score of each head that takes part in the softmax and has no value (gpt-oss).
         block_mask: which key blocks a query block sees, on top of the other masks.
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in the packed q; ends with total_q.
@@ -55,33 +68,32 @@ def attention(
         or packed (heads, total_q).
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that don't fit, naming the value.
+        RuntimeError: shapes, dtypes or devices that don't fit, offsets that don't run from 0 to the number of rows, a
+            scale or softcap beyond float32; each names the value.
+        ValueError: window < 1 or softcap <= 0.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}; it must be at least 1, or None")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"attention: softcap is {softcap}; it must be positive, or None")
+    options = _options("attention", q, window, scale, softcap)
     if not use_kernel("attention", q):
         return reference.attention(
-            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks, block_mask=block_mask,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+            q, k, v, causal=causal, window=window, scale=options[1], softcap=softcap, sinks=sinks,
+            block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
         )  # fmt: skip
     out, lse = torch.ops.llmcore.attention(
         q, k, v, None if sinks is None else sinks.float(), None if block_mask is None else block_mask.mask,
-        cu_seqlens_q, cu_seqlens_k, causal, window or 0, q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap or 0.0, block_mask.block_q if block_mask else 0, block_mask.block_k if block_mask else 0, deterministic,
+        cu_seqlens_q, cu_seqlens_k, causal, *options, block_mask.block_q if block_mask else 0,
+        block_mask.block_k if block_mask else 0, deterministic,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-@torch.library.register_fake("llmcore::attention")
+@register_fake("attention")
 def _(q, k, v, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, *options):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     return out, q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("llmcore::attention_backward")
+@register_fake("attention_backward")
 def _(dout, dlse, q, k, v, out, lse, sinks, *rest):
     contiguous = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     return (*contiguous, q.new_empty(0 if sinks is None else sinks.shape[0], dtype=torch.float32))
@@ -127,7 +139,7 @@ def paged_attention(
     """Attention of new queries over a paged cache (PagedAttention, arXiv 2309.06180): decode and chunked prefill.
 
     Key j of sequence b lies in block `block_table[b, j // block_size]`, slot `j % block_size`. A sequence's last query
-    stands at its last key, which must be in the cache already (`kv_cache_write`). No gradient.
+    stands at its last key, which must be in the cache already (`kv_cache_write`). Not differentiable.
 
     Args:
         q: (batch, heads, head_dim), one query for each sequence; or packed (total_q, heads, head_dim) with
@@ -145,25 +157,26 @@ def paged_attention(
 
     Raises:
         RuntimeError: a block id outside the cache, a length beyond the table, or shapes that don't fit.
+        ValueError: window < 1 or softcap <= 0.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"paged_attention: window is {window}; it must be at least 1, or None")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"paged_attention: softcap is {softcap}; it must be positive, or None")
+    options = _options("paged_attention", q, window, scale, softcap)
     if not use_kernel("paged_attention", q):
         return reference.paged_attention(
             q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window,
-            scale=scale, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+            scale=options[1], softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     return torch.ops.llmcore.paged_attention(
         q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, None if sinks is None else sinks.float(), k_scale,
-        v_scale, causal, window or 0, q.shape[-1] ** -0.5 if scale is None else scale, softcap or 0.0,
+        v_scale, causal, *options,
     )  # fmt: skip
 
 
-@torch.library.register_fake("llmcore::paged_attention")
+@register_fake("paged_attention")
 def _(q, k_cache, v_cache, *rest):
     return q.new_empty(*q.shape[:-1], v_cache.shape[-1])
+
+
+refuse_gradient("paged_attention")
 
 
 # ---- what tests and benchmarks call ----------------------------------------------------------------------------------

@@ -38,20 +38,29 @@ class BlockMask:
                 f"BlockMask: mask is {self.mask.dtype} of shape {tuple(self.mask.shape)}; expected bool of shape "
                 "(batch or 1, heads or 1, query blocks, key blocks)"
             )
-        if self.block_q < 1 or self.block_k < 1:
-            raise ValueError(f"BlockMask: block sizes are {self.block_q} and {self.block_k}; they must be at least 1")
+        self._check_blocks(self.block_q, self.block_k)
 
     @staticmethod
-    def _grid(num_q: int, num_k: int, block_q: int, block_k: int) -> tuple[Tensor, Tensor, int]:
-        """Block coordinates, and the shift that puts the last query at the last key, in key blocks."""
+    def _check_blocks(block_q: int, block_k: int) -> None:
+        if block_q < 1 or block_k < 1:
+            raise ValueError(f"BlockMask: block sizes are {block_q} and {block_k}; they must be at least 1")
+
+    @classmethod
+    def _grid(cls, num_q: int, num_k: int, block_q: int, block_k: int, **at_least_0: int) -> tuple[Tensor, Tensor]:
+        """Coordinates of query blocks and of key blocks, and checks of what the patterns are made from."""
+        cls._check_blocks(block_q, block_k)
+        for name, value in {"num_q": num_q, "num_k": num_k, **at_least_0}.items():
+            if value < 0:
+                raise ValueError(f"BlockMask: {name} is {value}; it must not be negative")
         rows = torch.arange(_blocks(num_q, block_q))[:, None]
         cols = torch.arange(_blocks(num_k, block_k))[None]
-        return rows, cols, num_k - num_q
+        return rows, cols
 
     @classmethod
     def local(cls, num_q: int, num_k: int, width: int, *, block_q: int = 64, block_k: int = 64) -> BlockMask:
         """Each query block sees the key blocks within `width` blocks (>= 0) of its own on either side."""
-        rows, cols, shift = cls._grid(num_q, num_k, block_q, block_k)
+        rows, cols = cls._grid(num_q, num_k, block_q, block_k, width=width)
+        shift = num_k - num_q  # the last query stands at the last key
         first = (rows * block_q + shift) // block_k - width
         last = (rows * block_q + block_q - 1 + shift) // block_k + width
         return cls(((cols >= first) & (cols <= last))[None, None], block_q, block_k)
@@ -59,7 +68,7 @@ class BlockMask:
     @classmethod
     def global_(cls, num_q: int, num_k: int, count: int, *, block_q: int = 64, block_k: int = 64) -> BlockMask:
         """The first `count` key blocks are seen by all queries, and the first `count` query blocks see all keys."""
-        rows, cols, _ = cls._grid(num_q, num_k, block_q, block_k)
+        rows, cols = cls._grid(num_q, num_k, block_q, block_k, count=count)
         return cls(((cols < count) | (rows < count))[None, None], block_q, block_k)
 
     @classmethod
@@ -67,10 +76,10 @@ class BlockMask:
         """Every `stride`-th key block (the last of each run of `stride`) is seen by all queries."""
         if stride < 1:
             raise ValueError(f"BlockMask.strided: stride is {stride}; it must be at least 1")
-        rows, cols, _ = cls._grid(num_q, num_k, block_q, block_k)
+        rows, cols = cls._grid(num_q, num_k, block_q, block_k)
         return cls(((cols % stride == stride - 1) & (rows >= 0))[None, None], block_q, block_k)
 
-    def _check_blocks(self, other: BlockMask) -> None:
+    def _check_same_blocks(self, other: BlockMask) -> None:
         if (self.block_q, self.block_k) != (other.block_q, other.block_k):
             raise ValueError(
                 f"BlockMask: blocks of {self.block_q}x{self.block_k} cannot be combined with blocks of "
@@ -78,11 +87,11 @@ class BlockMask:
             )
 
     def __or__(self, other: BlockMask) -> BlockMask:
-        self._check_blocks(other)
+        self._check_same_blocks(other)
         return BlockMask(self.mask | other.mask, self.block_q, self.block_k)
 
     def __and__(self, other: BlockMask) -> BlockMask:
-        self._check_blocks(other)
+        self._check_same_blocks(other)
         return BlockMask(self.mask & other.mask, self.block_q, self.block_k)
 
     def dense(self, num_q: int, num_k: int) -> Tensor:

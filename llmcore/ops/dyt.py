@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,12 +33,12 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return torch.ops.llmcore.dyt(x, alpha, weight, bias)
 
 
-@torch.library.register_fake("llmcore::dyt")
+@register_fake("dyt")
 def _(x, alpha, weight, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("llmcore::dyt_backward")
+@register_fake("dyt_backward")
 def _(dy, x, alpha, weight, has_bias):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dalpha, dweight = alpha.new_empty(alpha.shape), weight.new_empty(weight.shape)
@@ -83,6 +83,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("transposed", (randn(64, 5).t(), alpha(0.5), randn(64), randn(64)), differentiable=(0, 1, 2, 3))
     yield Sample("no rows", (randn(0, 16), alpha(0.5), randn(16), randn(16)), differentiable=(0, 1, 2, 3))
     yield Sample("saturated", (randn(3, 70) * 100, alpha(2.0), randn(70), randn(70)), differentiable=(0, 1, 2, 3))
+    yield Sample("many rows", (randn(3000, 7) + 1, alpha(0.5), randn(7), randn(7)), differentiable=(0, 1, 2, 3))
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -49,22 +49,22 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
     return torch.ops.llmcore.geglu(gate, up, approximate)
 
 
-@torch.library.register_fake("llmcore::swiglu")
+@register_fake("swiglu")
 def _(gate, up):
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("llmcore::geglu")
+@register_fake("geglu")
 def _(gate, up, approximate):
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("llmcore::swiglu_backward")
+@register_fake("swiglu_backward")
 def _(dy, gate, up):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
 
 
-@torch.library.register_fake("llmcore::geglu_backward")
+@register_fake("geglu_backward")
 def _(dy, gate, up, approximate):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def grouped_gemm(x_sorted: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -32,12 +32,12 @@ def grouped_gemm(x_sorted: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.ops.llmcore.grouped_gemm(x_sorted, weight, offsets)
 
 
-@torch.library.register_fake("llmcore::grouped_gemm")
+@register_fake("grouped_gemm")
 def _(x_sorted, weight, offsets):
     return x_sorted.new_empty(x_sorted.shape[0], weight.shape[1])
 
 
-@torch.library.register_fake("llmcore::grouped_gemm_backward")
+@register_fake("grouped_gemm_backward")
 def _(dy, x_sorted, weight, offsets, need_dx, need_dweight):
     return (
         x_sorted.new_empty(x_sorted.shape if need_dx else 0),

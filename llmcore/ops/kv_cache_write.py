@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def kv_cache_write(
@@ -46,7 +46,7 @@ def kv_cache_write(
     return torch.ops.llmcore.kv_cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
-@torch.library.register_fake("llmcore::kv_cache_write")
+@register_fake("kv_cache_write")
 def _(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale):
     return None
 
@@ -62,6 +62,7 @@ def _on_copies(function):
         function(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return tuple(t for t in (k_cache, v_cache, k_scale, v_scale) if t is not None)
 
+    run.in_place = function
     return run
 
 

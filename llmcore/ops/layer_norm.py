@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def layer_norm(
@@ -39,7 +39,7 @@ def layer_norm(
     return y if residual is None else (y, z)
 
 
-@torch.library.register_fake("llmcore::layer_norm")
+@register_fake("layer_norm")
 def _(x, weight, bias, residual, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     z = torch.empty_like(y) if residual is not None else x.new_empty(0)
@@ -47,7 +47,7 @@ def _(x, weight, bias, residual, eps):
     return y, z, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("llmcore::layer_norm_backward")
+@register_fake("layer_norm_backward")
 def _(dy, dz, z, weight, mean, rstd, has_bias):
     dx = torch.empty_like(z, memory_format=torch.contiguous_format)
     return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
@@ -93,6 +93,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("transposed", (randn(64, 5).t(), randn(64), randn(64)), differentiable=(0, 1, 2))
     yield Sample("no rows", (randn(0, 16), randn(16), randn(16)), differentiable=(0, 1, 2))
     yield Sample("large mean", (randn(3, 70) + 100, randn(70), randn(70)), differentiable=(0, 1, 2))
+    yield Sample("many rows", (randn(3000, 7) + 1, randn(7), randn(7)), differentiable=(0, 1, 2))
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def linear_cross_entropy(
@@ -39,7 +39,7 @@ def linear_cross_entropy(
         weight: (vocab, dim), hidden's dtype.
         targets: (...) int64: ids in [0, vocab), or ignore_index.
         ignore_index: tokens with this target have loss 0 and gradient 0, and their hidden is not read.
-        softcap: c > 0 replaces the logits by c * tanh(logits / c).
+        softcap: c, 1e-30 to 1e30, replaces the logits by c * tanh(logits / c).
         z_loss: weight of lse^2.
         label_smoothing: 0 to 1.
         reduction: "mean" over the tokens that are not ignored (0 with zero gradients when all are, where torch gives
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     return losses.sum() / ((targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1)
 
 
-@torch.library.register_fake("llmcore::linear_cross_entropy")
+@register_fake("linear_cross_entropy")
 def _(hidden, weight, targets, ignore_index, softcap, z_loss, label_smoothing):
     losses = hidden.new_empty(targets.numel(), dtype=torch.float32)
     return losses, torch.empty_like(losses)
@@ -83,12 +83,12 @@ def _gradients_like(hidden, weight, need_dhidden, need_dweight):
     return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
 
-@torch.library.register_fake("llmcore::linear_cross_entropy_backward")
+@register_fake("linear_cross_entropy_backward")
 def _(dloss, hidden, weight, targets, lse, ignore_index, softcap, z_loss, label_smoothing, need_dhidden, need_dweight):
     return _gradients_like(hidden, weight, need_dhidden, need_dweight)
 
 
-@torch.library.register_fake("llmcore::linear_cross_entropy_with_grad")
+@register_fake("linear_cross_entropy_with_grad")
 def _(hidden, weight, targets, ignore_index, softcap, z_loss, label_smoothing, mean, need_dhidden, need_dweight):
     gradients = _gradients_like(hidden, weight, need_dhidden, need_dweight)
     return hidden.new_empty((), dtype=torch.float32), *gradients

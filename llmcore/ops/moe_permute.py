@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +55,7 @@ def moe_combine(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
     return torch.ops.llmcore.moe_combine(y_sorted, weights, row_of)
 
 
-@torch.library.register_fake("llmcore::moe_dispatch")
+@register_fake("moe_dispatch")
 def _(x, experts, num_experts):
     tokens, top_k = experts.shape
     return (
@@ -65,17 +65,17 @@ def _(x, experts, num_experts):
     )
 
 
-@torch.library.register_fake("llmcore::moe_dispatch_backward")
+@register_fake("moe_dispatch_backward")
 def _(dx_sorted, row_of):
     return dx_sorted.new_empty(row_of.shape[0], dx_sorted.shape[1])
 
 
-@torch.library.register_fake("llmcore::moe_combine")
+@register_fake("moe_combine")
 def _(y_sorted, weights, row_of):
     return y_sorted.new_empty(row_of.shape[0], y_sorted.shape[1])
 
 
-@torch.library.register_fake("llmcore::moe_combine_backward")
+@register_fake("moe_combine_backward")
 def _(dout, y_sorted, weights, row_of):
     return y_sorted.new_empty(y_sorted.shape), weights.new_empty(weights.shape)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def moe_route(
@@ -66,7 +66,7 @@ def moe_route(
     )
 
 
-@torch.library.register_fake("llmcore::moe_route")
+@register_fake("moe_route")
 def _(logits, top_k, sigmoid, bias, num_groups, topk_groups, renormalize, scale):
     tokens, num_experts = logits.shape
     return (
@@ -76,7 +76,7 @@ def _(logits, top_k, sigmoid, bias, num_groups, topk_groups, renormalize, scale)
     )
 
 
-@torch.library.register_fake("llmcore::moe_route_backward")
+@register_fake("moe_route_backward")
 def _(dweights, dscores, scores, experts, sigmoid, renormalize, scale):
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 

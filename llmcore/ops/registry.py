@@ -7,6 +7,7 @@ registered with the torch dispatcher for CPU and CUDA) and its pure-torch refere
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "kernel", "reference")
@@ -43,7 +45,8 @@ class OpSpec:
         name: the public name, `llmcore.ops.<name>`; also its key in the registry.
         op: the public function.
         reference: the function of the same signature in `llmcore.reference`.
-        torch_ops: names under `torch.ops.llmcore` that it calls, the forward op first.
+        torch_ops: names under `torch.ops.llmcore` that it calls, the forward op first. Those that end in "_backward"
+            get an autograd formula that refuses second derivatives.
         dtypes: per device type, the dtypes that its kernel serves.
         features: what the op does, in a few words each, for the support matrix.
         samples: (dtype, device) -> the calls on which kernel and reference are compared: odd shapes, strided views,
@@ -75,7 +78,40 @@ registry: dict[str, OpSpec] = {}
 
 def register(spec: OpSpec) -> OpSpec:
     registry[spec.name] = spec
+    for name in spec.torch_ops:
+        if name.endswith("_backward"):
+            refuse_gradient(name)
     return spec
+
+
+def refuse_gradient(name: str) -> None:
+    """Makes differentiating `llmcore::<name>` an error: torch's default is to go on without that part of the gradient,
+    with a warning."""
+
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"{name} has no gradient; with llmcore.backend('reference') ops are differentiable any number of times"
+        )
+
+    torch.library.register_autograd(f"llmcore::{name}", backward)
+
+
+def register_fake(name: str) -> Callable:
+    """Decorates the fake kernel of `llmcore::<name>` as `torch.library.register_fake` does, with a check of devices:
+    torch calls the fake kernel as soon as one tensor is on the meta device, and its uninitialised CPU results would
+    pass for numbers."""
+
+    def decorate(fake: Callable) -> Callable:
+        @functools.wraps(fake)
+        def checked(*args, **kwargs):
+            devices = {str(a.device) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{name}: tensors are on {', '.join(sorted(devices))}; all must be on one device")
+            return fake(*args, **kwargs)
+
+        return torch.library.register_fake(f"llmcore::{name}")(checked)
+
+    return decorate
 
 
 _override = "auto"  # process-wide, so that torch.compile can guard on it
@@ -117,18 +153,20 @@ def use_kernel(name: str, x: Tensor) -> bool:
     any other fall-back warns once."""
     if _override == "reference":
         return False
+    if forward_ad._current_level >= 0:  # the kernels would drop the tangents without a word
+        raise NotImplementedError(f"{name}: kernels have no forward-mode gradient; use llmcore.backend('reference')")
     key = (name, x.device.type, x.dtype)
     served = _decisions.get(key)
-    if served is None:
+    if served is None or (not served and _override == "kernel"):
         if x.dtype not in (*FLOATS, torch.float64):
             accepted = ", ".join(map(_short, (*FLOATS, torch.float64)))
             raise TypeError(f"{name}: the input has dtype {_short(x.dtype)}; accepted: {accepted}")
         refusal = _kernel_refusal(*key)
-        if refusal and x.dtype != torch.float64 and _override == "auto":
+        if refusal and _override == "kernel":
+            raise RuntimeError(refusal)
+        if refusal and x.dtype != torch.float64:
             warnings.warn(f"{refusal}; using the reference", BackendFallbackWarning, stacklevel=3)
         served = _decisions[key] = refusal is None
-    if not served and _override == "kernel":
-        raise RuntimeError(_kernel_refusal(*key))
     return served
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def rms_norm(
@@ -19,13 +19,16 @@ def rms_norm(
     Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467). Statistics are in float32.
 
     Args:
-        x: (..., dim), float32, bfloat16 or float16 (float64 through the reference).
+        x: (..., dim), float32, bfloat16 or float16 (float64 through the reference); dim >= 1.
         weight: (dim,), x's dtype.
-        eps: added to the mean square.
+        eps: added to the mean square; not negative.
         residual: (..., dim), x's shape and dtype: the residual stream to add first.
 
     Returns:
         y, shaped and typed as x; with `residual`, the pair (y, z).
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit x's, or a negative eps.
     """
     if not use_kernel("rms_norm", x):
         return reference.rms_norm(x, weight, eps, residual)
@@ -33,14 +36,14 @@ def rms_norm(
     return y if residual is None else (y, z)
 
 
-@torch.library.register_fake("llmcore::rms_norm")
+@register_fake("rms_norm")
 def _(x, weight, residual, eps):
     z = torch.empty_like(x, memory_format=torch.contiguous_format) if residual is not None else x.new_empty(0)
     rows = x.numel() // x.shape[-1]
     return torch.empty_like(x, memory_format=torch.contiguous_format), z, x.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.register_fake("llmcore::rms_norm_backward")
+@register_fake("rms_norm_backward")
 def _(dy, dz, z, weight, rstd):
     return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
@@ -79,6 +82,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("transposed", (randn(64, 5).t(), randn(64)), differentiable=(0, 1))
     yield Sample("no rows", (randn(0, 16), randn(16)), differentiable=(0, 1))
     yield Sample("large values", (randn(3, 70) * 1e3, randn(70)), differentiable=(0, 1))
+    yield Sample("many rows", (randn(3000, 7) + 1, randn(7)), differentiable=(0, 1))
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:

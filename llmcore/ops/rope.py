@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, use_kernel
+from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
 def rope_tables(
@@ -93,12 +93,12 @@ class _RopeInPlace(torch.autograd.Function):  # register_autograd does not take 
         return torch.ops.llmcore.rope(dy, cos, sin, positions, ctx.interleaved, True), None, None, None, None
 
 
-@torch.library.register_fake("llmcore::rope")
+@register_fake("rope")
 def _(x, cos, sin, positions, interleaved, inverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("llmcore::rope_")
+@register_fake("rope_")
 def _(x, cos, sin, positions, interleaved, inverse):
     return None
 

@@ -8,6 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcore.reference.checks import check, check_indices, check_offsets, check_shape
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Of q (..., heads, head_dim), k (..., kv_heads, head_dim) and v (..., kv_heads, v_head_dim)."""
+    check(
+        q.shape[-1] == k.shape[-1] and k.shape[:-1] == v.shape[:-1] and k.shape[-2] and q.shape[-2] % k.shape[-2] == 0,
+        f"{op}: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; k must have q's head size "
+        "and v's leading dimensions, and the heads of q must be a multiple of those of k",
+    )
+
 
 def _visible(num_q: int, num_k: int, causal: bool, window: int | None, device) -> Tensor:
     """(num_q, num_k) bool: which keys a query sees by position."""
@@ -71,6 +82,12 @@ def attention(
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `llmcore.ops.attention`."""
+    check(
+        q.dim() == k.dim() == (4 if cu_seqlens_q is None else 3) and (q.dim() == 3 or q.shape[0] == k.shape[0]),
+        f"attention: q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}; expected (batch, seq, heads, head_dim)"
+        ", or (total, heads, head_dim) with cu_seqlens_q",
+    )
+    _check_heads("attention", q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def one(q, k, v, sequence=None):  # (batch, seq, heads, dim); sequence: which of the block mask's batch
@@ -84,7 +101,9 @@ def attention(
         out, lse = one(q, k, v)
         return (out, lse) if return_lse else out
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    batch = len(cu_seqlens_q) - 1
+    starts_q = check_offsets("attention: cu_seqlens_q", cu_seqlens_q, batch, q.shape[0])
+    starts_k = check_offsets("attention: cu_seqlens_k", cu_seqlens_k, batch, k.shape[0])
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], []
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):
         out, lse = one(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], b)
@@ -119,9 +138,20 @@ def paged_attention(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     """See `llmcore.ops.paged_attention`."""
+    _check_heads("paged_attention", q, k_cache, v_cache)
+    batch, max_blocks = block_table.shape
+    num_blocks, block_size = k_cache.shape[:2]
+    check(block_size >= 1, f"paged_attention: k_cache has shape {tuple(k_cache.shape)}; a block holds at least 1 token")
+    check_shape("paged_attention: kv_lens", kv_lens, batch)
+    check_indices("paged_attention: kv_lens", kv_lens, 0, max_blocks * block_size + 1)
+    used = torch.arange(max_blocks, device=q.device) * block_size < kv_lens[:, None]
+    check_indices("paged_attention: block_table", block_table[used], 0, num_blocks)
+    for scale_of in (k_scale, v_scale):
+        check((scale_of is not None) == (k_cache.dtype == torch.int8), "paged_attention: scales go with int8 caches")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lengths = kv_lens.tolist()
-    starts = list(range(len(lengths) + 1)) if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    starts = torch.arange(batch + 1) if cu_seqlens_q is None else cu_seqlens_q
+    starts = check_offsets("paged_attention: cu_seqlens_q", starts, batch, q.shape[0])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs = [q.new_empty(0, q.shape[1], v_cache.shape[-1])]
     for row, length in enumerate(lengths):

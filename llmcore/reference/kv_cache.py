@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcore.reference.checks import check, check_shape
+
 
 def kv_cache_write(
     k: Tensor,
@@ -18,6 +20,14 @@ def kv_cache_write(
 ) -> None:
     """See `llmcore.ops.kv_cache_write`."""
     num_blocks, block_size = k_cache.shape[:2]
+    tokens, kv_heads = k.shape[:2]
+    check_shape("kv_cache_write: slot_mapping", slot_mapping, tokens)
+    for name, new, cache, scale in (("k", k, k_cache, k_scale), ("v", v, v_cache, v_scale)):
+        check_shape(f"kv_cache_write: {name}", new, tokens, kv_heads, new.shape[-1])
+        check_shape(f"kv_cache_write: {name}_cache", cache, num_blocks, block_size, kv_heads, new.shape[-1])
+        check(
+            (scale is not None) == (cache.dtype == torch.int8), f"kv_cache_write: {name}_scale goes with an int8 cache"
+        )
     slots = slot_mapping.long()
     outside = (slots < -1) | (slots >= num_blocks * block_size)
     if outside.any():

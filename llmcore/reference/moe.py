@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcore.reference.checks import check, check_indices, check_offsets, check_shape
 from llmcore.reference.norms import _compute_dtype
 
 
@@ -25,12 +26,21 @@ def moe_route(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `llmcore.ops.moe_route`."""
+    tokens, num_experts = logits.shape
+    check(
+        num_groups >= 1 and num_experts % num_groups == 0 and 1 <= topk_groups <= num_groups
+        and 1 <= top_k <= num_experts // num_groups * topk_groups,
+        f"moe_route: top_k is {top_k}, num_groups {num_groups} and topk_groups {topk_groups}, for {num_experts} experts"
+        "; num_groups must divide them and the chosen groups must hold top_k",
+    )  # fmt: skip
+    if bias is not None:
+        check_shape("moe_route: bias", bias, num_experts)
+        check(bool(bias.isfinite().all()), f"moe_route: bias is {bias.tolist()}; it must be finite")
     wide = logits.to(_compute_dtype(logits))
     scores = wide.softmax(-1) if score == "softmax" else wide.sigmoid()
     if torch.isnan(scores).any():
         raise RuntimeError(f"moe_route: the logits of token {int(scores.isnan().any(-1).nonzero()[0])} hold NaN")
     choice = scores.detach() if bias is None else scores.detach() + bias.detach().to(scores.dtype)
-    tokens, num_experts = logits.shape
     if topk_groups < num_groups:
         grouped = choice.view(tokens, num_groups, num_experts // num_groups)
         best = 1 if score == "softmax" and bias is None else min(2, grouped.shape[-1])
@@ -47,6 +57,8 @@ def moe_route(
 def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `llmcore.ops.moe_dispatch`."""
     tokens, top_k = experts.shape
+    check_shape("moe_dispatch: x", x, tokens, x.shape[-1])
+    check_indices("moe_dispatch: experts", experts, 0, num_experts)
     flat = experts.flatten().long()
     order = flat.sort(stable=True).indices  # sorted row -> assignment
     counts = torch.zeros(num_experts, dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
@@ -58,6 +70,11 @@ def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, 
 
 def moe_combine(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
     """See `llmcore.ops.moe_combine`."""
+    rows = row_of.numel()
+    check_shape("moe_combine: weights", weights, *row_of.shape)
+    check_shape("moe_combine: y_sorted", y_sorted, rows, y_sorted.shape[-1])
+    check_indices("moe_combine: row_of", row_of, 0, rows)
+    check(row_of.unique().numel() == rows, "moe_combine: row_of holds a row twice; it must be a permutation")
     wide = y_sorted.to(_compute_dtype(y_sorted))[row_of.long()]  # (tokens, top_k, dim)
     return (wide * weights.to(wide.dtype).unsqueeze(-1)).sum(1).to(y_sorted.dtype)
 
@@ -65,5 +82,6 @@ def moe_combine(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
 def grouped_gemm(x_sorted: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """See `llmcore.ops.grouped_gemm`."""
     dtype = _compute_dtype(x_sorted)
+    check_offsets("grouped_gemm: offsets", offsets, weight.shape[0], x_sorted.shape[0])
     groups = x_sorted.split(offsets.diff().tolist())
     return torch.cat([x.to(dtype) @ w.to(dtype).t() for x, w in zip(groups, weight)]).to(x_sorted.dtype)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcore.reference.checks import check, check_shape
 from llmcore.reference.norms import _compute_dtype
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False) -> Tensor:
     """See `llmcore.ops.rope`."""
+    check(x.dim() in (3, 4), f"rope: x has shape {tuple(x.shape)}; expected (batch, seq, heads, head_dim) or packed")
     length, half = cos.shape
-    if positions is None:
+    check_shape("rope: sin", sin, length, half)
+    check(2 * half <= x.shape[-1], f"rope: rotary_dim is {2 * half}; it must not exceed head_dim, {x.shape[-1]}")
+    if positions is not None:
+        check_shape("rope: positions", positions, *x.shape[:-2])
+    else:
         positions = torch.arange(x.shape[-3], device=x.device)
     outside = (positions < 0) | (positions >= length)
     if outside.any():

@@ -1,16 +1,20 @@
 """Chat templates: Jinja text that turns a list of messages into the one string a model was trained on.
 
-A template comes with a downloaded model, so it is untrusted: it runs in Jinja's immutable sandbox.
+A template comes with a downloaded model, so it is untrusted: it runs in Jinja's immutable sandbox, which keeps it from
+the system but does not bound its time and memory. Templates written for transformers' `apply_chat_template` find what
+they use there: `tojson` with its options, `raise_exception`, `strftime_now`, `{% generation %}` and loop controls.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 #: ChatML (one `<|im_start|>role ... <|im_end|>` block a message); tools are JSON lines in the system message.
@@ -23,6 +27,9 @@ You can call these tools, given as one JSON object a line:
 To call one, write <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>.<|im_end|>
 {% endif -%}
 {%- for message in messages -%}
+{%- if message.content and message.content is not string -%}
+{{ raise_exception('the content of message ' ~ loop.index0 ~ ' is not text') }}
+{%- endif -%}
 {%- if not (tools and has_system and loop.first) -%}
 <|im_start|>{{ message.role + '\n' }}{{ message.content or '' }}
 {%- for call in message.tool_calls or [] -%}
@@ -39,21 +46,39 @@ To call one, write <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>.<|
 """
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own would escape < and > for HTML
+def _tojson(
+    value: Any,
+    indent: int | None = None,
+    ensure_ascii: bool = False,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is; Jinja's own filter would escape < and > for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+class _Generation(Extension):
+    """`{% generation %}`: marks what the assistant wrote, for training; the text is that of its body."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
@@ -84,5 +109,5 @@ def render_chat(
                 "add_generation_prompt": add_generation_prompt,
             }
         )
-    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+    except Exception as error:  # a template is a program: it can fail in any way, SyntaxError and MemoryError included
         raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error

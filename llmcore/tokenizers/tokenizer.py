@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -155,7 +156,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`. Bytes that are no UTF-8 show as U+FFFD. Raises ValueError for an id without a token."""
-        ids = [int(index) for index in ids]
+        ids = [operator.index(i) for i in ids]
         unknown = set(ids) - self._known_ids
         if unknown:
             raise ValueError(f"token id {min(unknown)} has no token (vocabulary size {self.vocab_size})")
@@ -191,7 +192,8 @@ class Tokenizer:
         """Token ids of a chat. Only the template writes control tokens: those spelled inside messages stay text."""
         names = sorted(self.special_tokens, key=len, reverse=True)
         everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
-        marker = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in everything)  # private use characters
+        _check_text(everything)
+        marker = "\ud800"  # a lone surrogate: no text that passes the check has one
         pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
         def hide(value: Any) -> Any:
@@ -230,8 +232,8 @@ class Tokenizer:
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        write_atomic(path / "tokenizer.json", self._json)
         write_atomic(path / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
+        write_atomic(path / "tokenizer.json", self._json)  # last: a folder that has it is whole
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:

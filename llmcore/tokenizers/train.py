@@ -21,6 +21,12 @@ SPLIT_PATTERN = (
 )
 
 
+# Trainers take time quadratic in the length of a word, hours for text without spaces (DNA, base64, some scripts), so
+# that in training alone no repetition goes on for longer than this.
+_TRAINING_PATTERN = SPLIT_PATTERN.replace("+", "{1,256}").replace("*", "{0,256}")
+_LARGEST_VOCAB = 1 << 24  # trainers reserve memory for all of it, and end the process when there isn't enough
+
+
 def byte_alphabet() -> list[str]:
     """The printable character that stands for each byte 0..255 in byte-level vocabularies (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -47,17 +53,21 @@ def train_tokenizer(
     kind: "bpe" byte-level byte-pair encoding (Sennrich et al. 2016; byte level as in GPT-2), "unigram" byte-level
     unigram language model (Kudo 2018), "word" whitespace and punctuation (`unk_token`, "<|unk|>" unless given, for any
     other word), "byte" the 256 bytes, untrained (`texts` isn't read). All but "word" give back any text exactly.
-    vocab_size: tokens in all, special ones included; a small corpus may give fewer. Not needed for "byte".
+    vocab_size: tokens in all, special ones included, at most 2^24; a small corpus may give fewer. "byte" needs none.
     special_tokens: further special tokens, beside the four with a role. Special ids follow the ordinary ones.
     min_frequency: rarer pairs (bpe) or words (word) are left out; "unigram" has no use for it.
 
-    Raises ValueError for an unknown kind, a vocabulary too small for the alphabet, no text, lone surrogates, or a
-    special token that ordinary text could also produce.
+    Raises ValueError for an unknown kind, a vocabulary too small for the alphabet or too large, no text, lone
+    surrogates, or a special token that ordinary text could also produce.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts must be an iterable of texts, not one text")
+    if isinstance(special_tokens, (str, bytes)):
+        raise TypeError(f"special_tokens must be a sequence of texts, not {special_tokens!r}")
+    if min_frequency < 0:
+        raise ValueError(f"min_frequency must be at least 0, not {min_frequency}")
     if kind == "word" and unk_token is None:
         unk_token = "<|unk|>"
     specials = list(dict.fromkeys(t for t in (bos_token, eos_token, pad_token, unk_token, *special_tokens) if t))
@@ -71,6 +81,8 @@ def train_tokenizer(
             f"vocab_size {vocab_size} is too small: a {kind} vocabulary with {len(specials)} special tokens "
             f"needs at least {smallest}"
         )
+    elif vocab_size > _LARGEST_VOCAB:
+        raise ValueError(f"vocab_size is {vocab_size}; accepted: at most {_LARGEST_VOCAB}")
 
     ordinary = vocab_size - len(specials)
     if kind == "word":
@@ -113,12 +125,7 @@ def _train_byte_level(texts: Iterable[str], kind: str, ordinary: int, min_freque
         library.decoder = decoders.ByteLevel()
         return library
     library = Library(models.BPE() if kind == "bpe" else models.Unigram())
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    library.pre_tokenizer = _cut_and_to_bytes(_TRAINING_PATTERN)
     library.decoder = decoders.ByteLevel()
     if kind == "bpe":
         trainer = trainers.BpeTrainer(
@@ -129,7 +136,17 @@ def _train_byte_level(texts: Iterable[str], kind: str, ordinary: int, min_freque
         trainer = trainers.UnigramTrainer(vocab_size=ordinary, initial_alphabet=alphabet, show_progress=False)
         library.train_from_iterator(_checked(texts), trainer)
         library.model = _canonical_unigram(library)
+    library.pre_tokenizer = _cut_and_to_bytes(SPLIT_PATTERN)
     return library
+
+
+def _cut_and_to_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def _canonical_unigram(library: Library) -> models.Unigram:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from llmcore.inference.sampling import check_sampling
 from llmcore.models import PRESETS, ModelConfig
 from llmcore.tokenizers.train import KINDS
 from llmcore.training.loop import TrainConfig
@@ -49,8 +51,8 @@ class TokenizerConfig:
 class SourceConfig:
     """A part of the corpus. ``path`` is a file, a folder, or ``stdlib`` (the sources of the running Python's library).
 
-    ``format``: text | jsonl | parquet | auto (by the file's suffix; a folder is text). ``weight`` is its share of the
-    tokens, relative to the others.
+    ``format``: text | jsonl | parquet | auto (each file by its suffix). ``weight`` is its share of the tokens, relative
+    to the others.
     """
 
     path: str
@@ -60,7 +62,12 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", "text", "jsonl", "parquet"):
-            raise ValueError(f"format is {self.format!r}; accepted are 'auto', 'text', 'jsonl' and 'parquet'")
+            accepted = "accepted are 'auto', 'text', 'jsonl' and 'parquet'"
+            raise ValueError(f"data.sources: format is {self.format!r}; {accepted}")
+        if not self.path:
+            raise ValueError("data.sources: path is empty; accepted is a file, a folder or 'stdlib'")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"data.sources: weight is {self.weight}; accepted is a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,14 @@ class SampleConfig:
     max_tokens: int = 64
     temperature: float = 0.8
     top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"sample.max_tokens is {self.max_tokens}; accepted is 1 or more")
+        try:
+            check_sampling(self.temperature, top_p=self.top_p)
+        except ValueError as error:
+            raise ValueError(f"sample.{error}") from None
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,14 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; accepted are {', '.join(names)}"
 
 
+def _instead(key: str, accepted: Iterable[str]) -> str:
+    """The end of an error about the unknown ``key``: the key of that name in another section, or :func:`nearest`."""
+    name = key.rpartition(".")[2]
+    sections = {s: c for s, c in get_type_hints(Recipe).items() if dataclasses.is_dataclass(c)} | {"model": ModelConfig}
+    elsewhere = [f"{section}.{name}" for section, cls in sections.items() if name in get_type_hints(cls)]
+    return nearest(key, elsewhere) if elsewhere else nearest(name, accepted)
+
+
 def from_table(cls: type, table: Mapping[str, Any], at: str = "") -> Any:
     """An instance of the dataclass ``cls`` from a TOML table; ``at`` is the key of the table."""
     if not isinstance(table, Mapping):
@@ -143,7 +166,7 @@ def from_table(cls: type, table: Mapping[str, Any], at: str = "") -> Any:
     prefix = f"{at}." if at else ""
     for key in table:
         if key not in hints:
-            raise RecipeError(f"unknown key {prefix + key!r}{nearest(key, hints)}")
+            raise RecipeError(f"unknown key {prefix + key!r}{_instead(prefix + key, hints)}")
     for f in dataclasses.fields(cls):
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in table:
             raise RecipeError(f"{prefix + f.name!r} is missing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from llmcore.data import (
+    AnyFiles,
     Batch,
     Document,
     JsonLines,
@@ -24,7 +26,7 @@ from llmcore.data import (
     prepare,
     python_stdlib,
 )
-from llmcore.data.readers import digest
+from llmcore.data.readers import cut, digest
 from llmcore.tokenizers import Tokenizer, train_tokenizer
 from llmcore.tokenizers.train import byte_alphabet
 from llmcore.training.config import DataConfig, SourceConfig, TokenizerConfig
@@ -33,7 +35,7 @@ _FEW = 8  # expected held-out documents below which documents are cut: a split o
 
 
 class Pieces(Source):
-    """The documents of ``source``, each cut at line ends into pieces of about ``characters``."""
+    """The documents of ``source``, each cut into pieces of at most ``characters``, at line ends where there are any."""
 
     def __init__(self, source: Source, characters: int) -> None:
         super().__init__()
@@ -48,28 +50,19 @@ class Pieces(Source):
     def _documents(self) -> Iterator[Document]:
         for document in self.source:
             self.skips = self.source.skips
-            lines, size, number = [], 0, 0
-            for line in document.text.splitlines(keepends=True):
-                lines.append(line)
-                size += len(line)
-                if size >= self.characters:
-                    yield Document("".join(lines), f"{document.source_id}#{number}")
-                    lines, size, number = [], 0, number + 1
-            if lines:
-                yield Document("".join(lines), f"{document.source_id}#{number}")
+            for number, piece in enumerate(cut(document.text, self.characters)):
+                yield Document(piece, f"{document.source_id}#{number}")
 
 
 def read_source(config: SourceConfig) -> Source:
     """The reader for one source, whole."""
     if config.path == "stdlib":
         return python_stdlib()
-    path, form = Path(config.path).expanduser(), config.format
-    if form == "auto":
-        name = path.name.lower().removesuffix(".gz")
-        form = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(name).suffix, "text")
-    if form == "text":
+    path = os.path.expanduser(config.path)
+    if config.format == "text":
         return TextFiles(path)
-    return (JsonLines if form == "jsonl" else Parquet)(path, text_field=config.text_field)
+    reader = {"jsonl": JsonLines, "parquet": Parquet, "auto": AnyFiles}[config.format]
+    return reader(path, text_field=config.text_field)
 
 
 def cut_if_few(source: Source, validation_fraction: float) -> Source:
@@ -79,7 +72,7 @@ def cut_if_few(source: Source, validation_fraction: float) -> Source:
         characters += len(document.text)
         if documents * validation_fraction >= _FEW:
             return source
-    return Pieces(source, max(50, int(characters * validation_fraction / (2 * _FEW))))
+    return Pieces(source, max(100, int(characters * validation_fraction / (2 * _FEW))))
 
 
 def get_tokenizer(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: Path) -> Tokenizer:
@@ -87,7 +80,7 @@ def get_tokenizer(config: TokenizerConfig, texts: Callable[[], Iterable[str]], f
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.load(folder)
     if config.path:
-        tokenizer = Tokenizer.load(Path(config.path).expanduser())
+        tokenizer = Tokenizer.load(os.path.expanduser(config.path))
     else:
         size = None if config.kind == "byte" else config.vocab_size
         tokenizer = train_tokenizer(texts(), kind=config.kind, vocab_size=size)
@@ -124,7 +117,7 @@ def build_corpus(
     The tokenizer sees no held-out document. Documents are held out by the hash of their text, so a copy of one never
     stays in the training part.
     """
-    folder = Path(data.folder).expanduser() if data.folder else run_dir / "data"
+    folder = Path(os.path.expanduser(data.folder)) if data.folder else run_dir / "data"
     names = [f"{index}-{Path(source.path).name}" for index, source in enumerate(data.sources)]
     sources: dict[str, Source] = {}
 

@@ -15,7 +15,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a ``log.jsonl``, oldest first, as one history.
 
     A run that was killed has logged steps its checkpoint doesn't hold and takes them again after it resumes; a
-    ``start`` record voids what came after its step, at step 0 everything. A line cut short by a kill is skipped.
+    ``start`` record voids what came after its step, at step 0 everything. A line cut short by a kill, or that is no
+    record, is skipped.
     """
     records: list[dict[str, Any]] = []
     path = Path(path)
@@ -25,6 +26,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
             continue
         if record["kind"] == "start":
             records = [r for r in records if r["step"] <= record["step"] > 0]
@@ -60,11 +63,9 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+                self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
             except ImportError:
-                echo(
-                    "no TensorBoard logs: the package tensorboard isn't installed (pip install 'llmcore[tensorboard]')"
-                )
+                echo("no TensorBoard logs: the package tensorboard isn't installed (pip install tensorboard)")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

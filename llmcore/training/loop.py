@@ -24,7 +24,9 @@ LossFunction = Callable[[nn.Module, Any], Loss]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how often. Steps are optimizer steps, times are seconds, 0 means never (or no limit).
+    """How long and how often. Steps are optimizer steps, times are seconds, a limit of 0 is none.
+
+    With ``eval_every`` 0 the model is evaluated before and after training only, with ``save_every`` 0 saved after it.
 
     The run ends at ``steps`` or at ``max_seconds`` of training time, whichever comes first.
     """
@@ -173,7 +175,7 @@ class Trainer:
             return
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
-                raise NonFiniteError(self._stopped(f"the weights of {name!r} are no longer finite"))
+                raise NonFiniteError(self._stopped(self.step, f"the weights of {name!r} are no longer finite"))
         state = {
             "tokens": self.tokens,
             "elapsed": self.elapsed,
@@ -193,9 +195,9 @@ class Trainer:
         )
         self._saved_step = self.step
 
-    def _stopped(self, reason: str) -> str:
+    def _stopped(self, step: int, reason: str) -> str:
         kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was written yet"
-        return f"step {self.step}: {reason}; stopped, nothing was saved; {kept}. A lower optim.lr may help"
+        return f"step {step}: {reason}; stopped, nothing was saved; {kept}. A lower optim.lr may help"
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -222,10 +224,8 @@ class Trainer:
         norm = self.optimizer.gradient_norm(targets)
         if not math.isfinite(norm) or not all(math.isfinite(v) for v in means.values()):
             self.optimizer.zero_grad()
-            raise NonFiniteError(
-                f"step {self.step + 1}: loss {means['nll']:g}, gradient norm {norm:g}. "
-                + self._stopped("the loss or the gradient is not finite")
-            )
+            values = f"loss {means['nll']:g}, gradient norm {norm:g}"
+            raise NonFiniteError(self._stopped(self.step + 1, f"the loss or the gradient is not finite ({values})"))
         self.optimizer.step(lr, norm)
         self.step += 1
         self.tokens += tokens
@@ -256,7 +256,7 @@ class Trainer:
         if result is None:
             return
         if not math.isfinite(result["loss"]):
-            raise NonFiniteError(self._stopped(f"the held-out loss is {result['loss']}"))
+            raise NonFiniteError(self._stopped(self.step, f"the held-out loss is {result['loss']}"))
         self._evaluated_step = self.step
         log.write("eval", self.step, **result, elapsed=self.elapsed)
         bits = f"  bits/byte {result['bits_per_byte']:.3f}" if "bits_per_byte" in result else ""
@@ -275,7 +275,8 @@ class Trainer:
     def _show(self, display: Display, step: dict[str, Any]) -> None:
         done = self.progress(self.step)
         left = clock(self.elapsed * (1 - done) / done) if done else "?"
-        text = f"loss {step['loss']:.4f}  lr {step['lr']:.2e}  {self._tokens_per_second:,.0f} tokens/s  {left} left"
+        # a narrow terminal cuts the end off
+        text = f"loss {step['loss']:.4f}  {self._tokens_per_second:,.0f} tokens/s  {left} left  lr {step['lr']:.2e}"
         display.step(self.step, self.config.steps, done, text)
 
     def run(self, resume: Checkpoint | None = None) -> TrainResult:
@@ -295,19 +296,20 @@ class Trainer:
                 log.write("start", self.step)
                 self._steps(log, display, stop)
                 self.save()
-                log.write("stop", self.step, signal=stop.signal, elapsed=self.elapsed)
+                elapsed = self.elapsed
+                log.write("stop", self.step, signal=stop.signal, elapsed=elapsed)
             except NonFiniteError as error:
                 log.write("stop", self.step, reason=str(error), elapsed=self.elapsed)
                 raise
             except FloatingPointError as error:  # experts refuse what is not finite before there is a loss
-                reason = self._stopped(str(error))
+                reason = self._stopped(self.step, str(error))
                 log.write("stop", self.step, reason=reason, elapsed=self.elapsed)
                 raise NonFiniteError(reason) from None
             finally:
                 log.close()
         if not plot_losses(read_log(log.path), self.run_dir / "loss.png", self.title):
             display.line("loss.png was not drawn: the package matplotlib isn't installed")
-        return TrainResult(self.step, self.tokens, self.elapsed, stop.signal, self.saved)
+        return TrainResult(self.step, self.tokens, elapsed, stop.signal, self.saved)
 
     def _steps(self, log: RunLog, display: Display, stop: StopSignals) -> None:
         config, due = self.config, lambda every: every and self.step % every == 0

@@ -6,6 +6,7 @@ The optimizer owns what the update needs in fp32: a master copy of every weight 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,14 +40,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "muon"):
             raise ValueError(f"optim.kind is {self.kind!r}; accepted are 'adamw' and 'muon'")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"optim.lr is {self.lr}; accepted is a number above 0")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optim.betas is {self.betas}; accepted are two numbers from 0 to below 1")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum is {self.momentum}; accepted is a number from 0 to below 1")
         for name in ("eps", "weight_decay", "grad_clip"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; accepted is 0 or more")
 
 
@@ -162,7 +163,7 @@ class Optimizer:
         A parameter without a gradient (an expert no token reached) is left as it is. A non-finite norm raises
         :class:`NonFiniteError` and changes nothing.
         """
-        if not (gradient_norm < float("inf")):
+        if not math.isfinite(gradient_norm):
             raise NonFiniteError(f"the gradient norm is {gradient_norm}")
         clip = self.config.grad_clip
         if clip and gradient_norm > clip:

@@ -17,15 +17,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
 from llmcore.inference import generate
-from llmcore.models import Transformer
+from llmcore.models import ModelConfig, Transformer
 from llmcore.tokenizers import Tokenizer
+from llmcore.tokenizers._atomic import write_atomic
 from llmcore.training.config import Recipe, to_toml
 from llmcore.training.corpus import build_corpus, read_source, token_bytes
 from llmcore.training.loop import Trainer, TrainResult
 from llmcore.training.report import write_report
-from llmcore.training.state import seed_everything
+from llmcore.training.state import compute_dtype, seed_everything
 
 
 def new_run_dir(name: str, parent: str | Path = "runs") -> Path:
@@ -59,18 +62,23 @@ def pretrain(
         raise CheckpointError(
             f"{checkpoints} holds no checkpoint that is whole; move the damaged ones away to resume from the first step"
         )
+    # what "auto" is on this machine stays the run's, on whatever machine it is resumed
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[compute_dtype(recipe.train.dtype, torch.device("cpu"))]
+    recipe = replace(recipe, train=replace(recipe.train, dtype=dtype))
     new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     if latest is None:
-        (run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+        write_atomic(run_dir / "recipe.toml", to_toml(recipe))
     seed_everything(recipe.train.seed)
     try:
         corpus = build_corpus(recipe.data, recipe.tokenizer, run_dir, seed=recipe.train.seed, say=say)
+        config = recipe.model_config(corpus.tokenizer.vocab_size)
+        prompts = encode_prompts(recipe.sample.prompts, corpus.tokenizer, config)
     except ValueError:  # a corpus of no use: there is nothing to resume
         if new:
             shutil.rmtree(run_dir)
         raise
-    model = Transformer(recipe.model_config(corpus.tokenizer.vocab_size))
+    model = Transformer(config)
     tokens = sum(s.num_tokens for s in corpus.train_sets.values())
     say(f"model of {model.num_parameters():,} parameters; corpus of {tokens:,} training tokens; run folder {run_dir}")
     if resume:
@@ -90,18 +98,32 @@ def pretrain(
     checkpoint = load_checkpoint(latest) if latest else None
     if checkpoint is not None:
         trainer.restore(checkpoint)  # a recipe that does not fit the run must not take the place of its own
-        (run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+        write_atomic(run_dir / "recipe.toml", to_toml(recipe))
     result = trainer.run(resume=checkpoint)
     if result.signal is None:
-        samples = sample(model, corpus.tokenizer, recipe)
-        write_report(run_dir, recipe, model, corpus, trainer, samples, command)
+        samples = sample(model, corpus.tokenizer, recipe, prompts)
+        write_report(run_dir, recipe, model, corpus, result, samples, command)
     return result
 
 
-def sample(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> list[tuple[str, str]]:
+def encode_prompts(prompts: list[str], tokenizer: Tokenizer, config: ModelConfig) -> list[list[int]]:
+    """The tokens of each prompt; of an empty one what a document begins after, the end of the one before it.
+
+    A prompt that leaves the model no position to go on raises ``ValueError``: before training, not after it.
+    """
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    for index, tokens in enumerate(ids):
+        if config.position != "none" and len(tokens) >= config.max_positions:
+            raise ValueError(
+                f"sample.prompts[{index}] has {len(tokens)} tokens; accepted is fewer than model.max_positions = "
+                f"{config.max_positions}"
+            )
+    return ids
+
+
+def sample(model: Transformer, tokenizer: Tokenizer, recipe: Recipe, ids: list[list[int]]) -> list[tuple[str, str]]:
     """A continuation of each of the recipe's prompts, as (prompt, continuation); seeded, so repeatable."""
     settings, prompts = recipe.sample, recipe.sample.prompts
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
     room = model.config.max_positions - max(map(len, ids), default=0)
     if model.config.position != "none":
         settings = replace(settings, max_tokens=min(settings.max_tokens, room))

@@ -30,15 +30,15 @@ def write_report(
     recipe: Any,
     model: Any,
     corpus: Any,
-    trainer: Any,
+    result: Any,
     samples: list[tuple[str, str]],
     command: str,
 ) -> Path:
-    """Write ``run_dir/report.md`` from the run's log, its data sets, its model and the generated ``samples``."""
+    """Write ``run_dir/report.md`` from the run's log, data sets, model and result, and the generated ``samples``."""
     log = read_log(run_dir / "log.jsonl")
     trained = [r for r in log if r["kind"] == "train"]
     evaluated = [r for r in log if r["kind"] == "eval"]
-    c, moe = model.config, model.config.moe
+    c, moe, weight = model.config, model.config.moe, next(model.parameters())
     heads = f"{c.num_heads} heads over {c.num_kv_heads} key/value heads of {c.head_dim}"
     train_tokens = sum(s.num_tokens for s in corpus.train_sets.values())
     rows = [("command", f"`{_cell(command)}`")]
@@ -58,12 +58,12 @@ def write_report(
             + f": {c.num_layers} layers of {c.dim}, {heads}"
             + (f", {moe.num_experts} experts of which each token takes {moe.top_k}" if moe else ""),
         ),
-        ("compute", f"{str(trainer.dtype).removeprefix('torch.')} on {trainer.device}"),
+        ("compute", f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"),
         ("optimizer", f"{recipe.optim.kind}, peak learning rate {recipe.optim.lr:g}, {recipe.schedule.kind} schedule"),
-        ("steps", f"{trainer.step:,}"),
-        ("tokens", f"{trainer.tokens:,} ({trainer.tokens / train_tokens:.2f} epochs)"),
-        ("training time", f"{clock(trainer.elapsed)}, evaluation and checkpoints included"),
-        ("speed", f"{trainer.tokens / trainer.elapsed:,.0f} tokens/s over that time"),
+        ("steps", f"{result.step:,}"),
+        ("tokens", f"{result.tokens:,} ({result.tokens / train_tokens:.2f} epochs)"),
+        ("training time", f"{clock(result.elapsed)}, evaluation and checkpoints included"),
+        ("speed", f"{result.tokens / result.elapsed:,.0f} tokens/s over that time"),
     ]
     if trained:
         rows.append(("training loss", f"{trained[0]['loss']:.4f} -> {trained[-1]['loss']:.4f} nats/token"))

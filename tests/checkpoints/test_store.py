@@ -272,3 +272,18 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()
+
+
+def test_a_full_disk_is_an_error_and_costs_no_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")
+    save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # what is longer can't be written
+    try:
+        with pytest.raises(OSError, match=r"optimizer\.safetensors: not written"):
+            save(tmp_path, 2, optimizer={"exp_avg.a.weight": torch.randn(50, 30)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert find_latest(tmp_path).name == "step-000001"
+    save(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-000001", "step-000002", "latest"}

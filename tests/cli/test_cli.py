@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -83,6 +84,8 @@ def test_quickstart_fills_the_run_folder(run, folder):
     assert f"| held-out loss | {evals[0]['loss']:.4f} -> {evals[-1]['loss']:.4f} nats/token |" in report
     assert "| steps | 30 |" in report
     assert f"| tokens | {30 * 8 * 64:,} " in report
+    stop = read_log(out / "log.jsonl")[-1]
+    assert f"| speed | {30 * 8 * 64 / stop['elapsed']:,.0f} tokens/s" in report
     checkpoint = load_checkpoint(find_latest(out / "checkpoints"))
     count = sum(t.numel() for n, t in checkpoint.model.items() if "bias" not in n and "rope" not in n)
     assert f"{count:,} parameters" in report
@@ -132,6 +135,7 @@ def test_generate_refuses_bad_settings(run, capsys, tmp_path):
     out, _ = run
     base = ["generate", "--model", str(out), "--prompt", "x"]
     assert "temperature" in error_of(capsys, *base, "--temperature", "-1")
+    assert "seed is 1000000000000000000000" in error_of(capsys, *base, "--seed", str(10**21))
     assert "max_tokens is 0" in error_of(capsys, *base, "--max-tokens", "0")
     assert "no such folder" in error_of(capsys, "generate", "--model", str(tmp_path / "no"), "--prompt", "x")
     assert "no whole checkpoint" in error_of(capsys, "generate", "--model", str(tmp_path), "--prompt", "x")
@@ -185,7 +189,48 @@ def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
     assert "too small" in error_of(
         capsys, "tokenizer", "train", str(folder), "--vocab-size", "9", "--out", str(tmp_path / "t")
     )
+    assert "vocab_size is 99999999999; accepted: at most" in error_of(
+        capsys, "tokenizer", "train", str(folder), "--vocab-size", "99999999999", "--out", str(tmp_path / "t")
+    )
+    long = ["--set", f'sample.prompts=["{"+-*/" * 200}"]']
+    assert re.search(
+        r"sample.prompts\[0\] has \d+ tokens; accepted is fewer than model.max_positions = 256",
+        error_of(capsys, "quickstart", "--data", str(folder), "--out", str(tmp_path / "r"), *SMALL, *long),
+    )
+    assert not (tmp_path / "r").exists()
+    assert "--out goes with a new run" in error_of(capsys, "pretrain", "--resume", "x", "--out", "y")
     assert "--data goes with a new run" in error_of(capsys, "quickstart", "--resume", "--data", "x")
+    assert "path is empty" in error_of(capsys, "quickstart", "--data", "")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_run_keeps_its_dtype_on_another_machine(capsys, tmp_path, folder, monkeypatch, native):
+    out = tmp_path / "run"
+    monkeypatch.setattr("llmcore.training.state.has_native_bf16", lambda _: native)
+    assert cli.main(["quickstart", "--data", str(folder), "--out", str(out), *SMALL, "--set", "train.steps=2"]) == 0
+    monkeypatch.setattr("llmcore.training.state.has_native_bf16", lambda _: not native)
+    assert cli.main(["pretrain", "--resume", str(out), "--set", "train.steps=3"]) == 0
+    assert f"| compute | {'bfloat16' if native else 'float32'} on cpu |" in (out / "report.md").read_text()
+
+
+def test_a_failed_write_leaves_the_run_its_recipe(run, capsys, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    recipe = (copy / "recipe.toml").read_text()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    error = error_of(capsys, "pretrain", "--resume", str(copy), "--set", "train.log_every=7")
+    assert "No space left on device" in error
+    assert (copy / "recipe.toml").read_text() == recipe
+
+
+def test_an_empty_prompt_begins_a_document(tmp_path, folder):
+    settings = [*SMALL, "--set", 'sample.prompts=["", "def"]', "--set", "train.steps=2"]
+    assert cli.main(["quickstart", "--data", str(folder), "--out", str(tmp_path / "run"), *settings]) == 0
+    assert (tmp_path / "run" / "report.md").read_text().count("```text\n") == 2
 
 
 def test_divergence_is_one_line(capsys, tmp_path, folder):
@@ -203,9 +248,25 @@ def test_tokenizer_train(capsys, tmp_path, folder):
     assert tokenizer.decode(tokenizer.encode(program(5))) == program(5)
 
 
+def test_tokenizer_train_on_a_folder_of_json_lines(capsys, tmp_path):
+    (tmp_path / "c").mkdir()
+    lines = [json.dumps({"body": program(seed)}) for seed in range(20)]
+    (tmp_path / "c" / "a.jsonl").write_text("\n".join([*lines, "{"]))
+    command = ["tokenizer", "train", str(tmp_path / "c"), "--vocab-size", "300", "--out", str(tmp_path / "t")]
+    assert "no field 'text'" in error_of(capsys, *command)
+    assert cli.main([*command, "--text-field", "body"]) == 0
+    assert f"1 bad JSON ({tmp_path}/c/a.jsonl:21)" in capsys.readouterr().err
+    assert Tokenizer.load(tmp_path / "t").vocab_size == 300
+
+
 def test_info(capsys):
     assert cli.main(["info"]) == 0
-    assert "rms_norm: cpu float32" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "rms_norm: cpu float32" in shown
+    build = llmcore.build_info()
+    assert f"CPU kernels built for: {build['isas']}\n" in shown
+    assert f"in use: {build['active_cpu_isa']}\n" in shown
+    assert f"CUDA kernels: {build['cuda']}\n" in shown
 
 
 def test_expert_and_gpt2_recipes_run(tmp_path, folder):

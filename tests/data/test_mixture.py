@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmcore.data import Mixture, PackedDataset, Texts, prepare
 
@@ -85,6 +87,26 @@ def test_resume_gives_the_same_batches(datasets):
             assert torch.equal(again.tokens, batch.tokens)
             assert torch.equal(again.targets, batch.targets)
             assert torch.equal(again.cu_seqlens, batch.cu_seqlens)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    weights=st.fixed_dictionaries({name: st.floats(0.01, 10) for name in "abc"}),
+    row_len=st.integers(1, 70),
+    seed=st.integers(0, 2**63 - 1),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+)
+def test_resumed_before_every_batch_no_row_is_lost_or_given_twice(datasets, weights, row_len, seed, sizes):
+    options = {"weights": weights, "row_len": row_len, "seed": seed, "source_seed": seed}
+    whole = next(make(datasets, batch_size=sum(sizes), **options))
+    state, batches = make(datasets, **options).state_dict(), []
+    for size in sizes:
+        mixture = make(datasets, batch_size=size, **options)
+        mixture.load_state_dict(json.loads(json.dumps(state)))
+        batches.append(next(mixture))
+        state = mixture.state_dict()
+    for field in ("tokens", "targets", "positions"):
+        assert torch.equal(torch.cat([getattr(batch, field) for batch in batches]), getattr(whole, field))
 
 
 def test_an_interrupted_batch_is_given_again(datasets, monkeypatch):

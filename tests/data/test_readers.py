@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from llmcore.data import JsonLines, Parquet, SkipReport, TextFiles, Texts, python_stdlib
+from llmcore.data import AnyFiles, JsonLines, Parquet, SkipReport, TextFiles, Texts, python_stdlib
 from llmcore.data import readers as readers_module
 
 
@@ -59,6 +59,25 @@ def test_faulty_text_files_are_counted_and_skipped(tmp_path):
     assert source.skips.total == 7, "the report is of one reading, not the sum of all"
 
 
+def test_symbolic_links(tmp_path):
+    root = write(tmp_path / "corpus", {"a.txt": "x", "sub/b.txt": "y"})
+    (root / "up").symlink_to(root)
+    (root / "self.txt").symlink_to("self.txt")
+    source = TextFiles(root)
+    assert ids(source) == ["corpus/a.txt", "corpus/sub/b.txt"]
+    assert source.skips.examples["symbolic link to a folder"] == [f"{root}/up"]
+    assert source.skips.counts == {"symbolic link to a folder": 1, "unreadable or truncated file": 1}
+    with pytest.raises(FileNotFoundError, match=r"self\.txt does not exist"):
+        TextFiles(root / "self.txt")
+
+
+def test_a_link_is_read_as_its_own_name_says(tmp_path):
+    """As in a download cache, where files with names are links to blobs without."""
+    root = write(tmp_path, {"blob": gzip.compress(b'{"text": "packed"}\n')})
+    (root / "a.jsonl.gz").symlink_to("blob")
+    assert [(d.text, d.source_id) for d in JsonLines(root / "a.jsonl.gz")] == [("packed", "a.jsonl.gz:1")]
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(tmp_path):
     root = write(tmp_path, {"a.txt": "x", "locked/b.txt": "y", "c.txt": "z"})
@@ -98,13 +117,25 @@ def test_long_files_come_in_parts_that_join_up(tmp_path, monkeypatch, text):
     assert len(documents) >= len(text.encode()) // 64
 
 
+@pytest.mark.parametrize("text", ["line é\n" * 40, "word " * 60, "é" * 200, "\n" * 64 + "x" * 300])
+def test_a_long_text_of_any_source_comes_in_parts_that_join_up(monkeypatch, text):
+    monkeypatch.setattr(readers_module, "MAX_PART_BYTES", 64)
+    documents = list(Texts(["short", text]))
+    assert ids(documents)[:3] == ["text:0", "text:1", "text:1#1"]
+    assert "".join(document.text for document in documents[1:]) == text
+    assert all(0 < len(document.text) <= 64 for document in documents)
+    assert len(documents) <= 3 + len(text) / 48
+    if " " in text or text.startswith("line"):
+        assert all(document.text[-1] in "\n " for document in documents[1:])
+
+
 def test_paths_that_are_not_there_and_corpora_without_documents(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         TextFiles(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"extensions \.txt \.md \.rst \.py\) holds no documents \(nothing skipped\)"):
+    with pytest.raises(ValueError, match=r"\.gz \.md \.rst \.py\) holds no documents \(nothing skipped\)"):
         list(TextFiles(tmp_path))
     write(tmp_path, {"a.txt": b"\xff"})
-    with pytest.raises(ValueError, match=r"holds no documents \(1 skipped: 1 invalid UTF-8 \(.*a\.txt:1\)\)"):
+    with pytest.raises(ValueError, match=r"/a\.txt holds no documents \(1 skipped: 1 invalid UTF-8 \(.*a\.txt:1\)\)"):
         list(TextFiles(tmp_path / "a.txt"))
     with pytest.raises(ValueError, match="no paths given"):
         TextFiles([])
@@ -221,10 +252,68 @@ def test_parquet(tmp_path):
     assert len(source.skips.examples["empty document"]) == 5
 
 
+def test_a_row_group_is_not_held_in_memory(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [os.urandom(2500).hex() for _ in range(4000)]})
+    parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    del table
+    before = pyarrow.total_allocated_bytes()
+    peak = max(pyarrow.total_allocated_bytes() for _ in Parquet(tmp_path))
+    assert peak - before < 8_000_000
+
+
+def test_a_damaged_row_group_costs_no_other_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"row {i} {os.urandom(9).hex()}" for i in range(1, 31)]})
+    parquet.write_table(table, file, row_group_size=10, write_page_checksum=True, compression="none")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"row 15")] ^= 1  # a flipped bit
+    file.write_bytes(content)
+    source = Parquet(file)
+    numbers = [*range(1, 11), *range(21, 31)]
+    assert [(d.source_id, d.text.split()[1]) for d in source] == [(f"a.parquet:{i}", str(i)) for i in numbers]
+    assert source.skips.counts == {"unreadable or truncated row group": 1}
+    assert f"{file} rows 11 to 20 (" in str(source.skips)
+
+
+def test_a_parquet_file_whose_names_are_no_utf8(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a"], "meta": [1]}), tmp_path / "a.parquet", store_schema=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    write(tmp_path, {"a.parquet": content.replace(b"meta", b"m\xffta"), "b.parquet": content})
+    source = Parquet(tmp_path)
+    assert ids(source) == [f"{tmp_path.name}/b.parquet:1"]
+    assert source.skips.counts == {"unreadable or truncated file": 1}
+
+
+def test_any_files_are_read_by_their_extension(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    packed = gzip.compress(b"packed")
+    root = write(tmp_path / "c", {"a.md": "text", "b.JSONL": '{"body": "line"}\n{"text": 1}', "d.txt.gz": packed})
+    write(root, {"e.bin": "left out"})
+    parquet.write_table(pyarrow.table({"body": ["row"]}), root / "f.parquet")
+    source = AnyFiles(root, text_field="body")
+    assert {d.source_id: d.text for d in source} == {
+        "c/a.md": "text",
+        "c/b.JSONL:1": "line",
+        "c/d.txt.gz": "packed",
+        "c/f.parquet:1": "row",
+    }
+    assert source.skips.counts == {"no field 'body'": 1}
+    assert [d.text for d in AnyFiles(root / "e.bin")] == ["left out"]
+    assert AnyFiles(root).fingerprint() != source.fingerprint()
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r"pip install 'llmcore\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install pyarrow"):
         Parquet(tmp_path)
 
 

@@ -82,6 +82,18 @@ def test_reuse_and_replacement(tmp_path, byte_tokenizer):
     assert (tmp_path / "notes.txt").read_text() == "not ours"
 
 
+def test_finished_data_in_a_folder_that_cannot_be_written(tmp_path, byte_tokenizer, monkeypatch):
+    first = prepare(Texts(TEXTS), byte_tokenizer, tmp_path)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("llmcore.data.shards._only_process", refuse)
+    assert prepare(Texts(TEXTS), byte_tokenizer, tmp_path).meta == first.meta
+    with pytest.raises(PermissionError):
+        prepare(Texts(TEXTS[1:]), byte_tokenizer, tmp_path)
+
+
 def test_an_interrupted_call_goes_on_and_gives_the_same(tmp_path, byte_tokenizer):
     whole = prepare(Texts(TEXTS), byte_tokenizer, tmp_path / "whole", shard_tokens=5000)
     with pytest.raises(KeyboardInterrupt):

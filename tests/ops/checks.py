@@ -1,7 +1,7 @@
 """The comparison rule of the whole suite (docs/architecture.md, "How correctness is shown").
 
 A kernel is held against the float64 reference. Its error may be at most FORWARD (GRADIENT) times the error that plain
-torch - the reference run in the kernel's own dtype - makes on the same call, plus a floor of a few roundings of the
+torch - the reference run in the kernel's own dtype - makes on the same call, plus a floor of two roundings of the
 result's own magnitude. Exceptions stand in EXCEPTIONS with their reasons.
 """
 
@@ -13,19 +13,23 @@ from torch import Tensor
 from llmcore.ops import OpSpec, Sample
 
 FORWARD, GRADIENT = 2.0, 3.0
-# The floor, in roundings of the largest magnitude in the tensor: two for an output, which both sides round once; four
-# for a gradient, because backward kernels start from statistics (lse, rstd) that the forward pass rounded to float32.
-FORWARD_FLOOR, GRADIENT_FLOOR = 2.0, 4.0
+FLOOR = 2.0  # in roundings of the largest magnitude in the tensor
 
-# (op, sample label prefix, dtype) -> (factor on the rule, reason)
-EXCEPTIONS: dict[tuple[str, str, torch.dtype], tuple[float, str]] = {}
+# (op, sample label prefix, dtype) -> (floor of the gradients, reason)
+EXCEPTIONS: dict[tuple[str, str, torch.dtype], tuple[float, str]] = {
+    ("attention", "", torch.float32): (
+        4.0,
+        "the backward pass rebuilds the probabilities from lse, which the forward pass rounded to float32, where plain "
+        "torch keeps them; on the small samples, where plain torch is nearly exact, up to 3.2 roundings were seen",
+    ),
+}
 
 
-def _exception(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> float:
-    for (name, prefix, exception_dtype), (factor, _) in EXCEPTIONS.items():
+def _gradient_floor(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> float:
+    for (name, prefix, exception_dtype), (floor, _) in EXCEPTIONS.items():
         if name == spec.name and sample.label.startswith(prefix) and exception_dtype == dtype:
-            return factor
-    return 1.0
+            return floor
+    return FLOOR
 
 
 def _map(value, f):
@@ -98,9 +102,9 @@ def assert_close(spec: OpSpec, sample: Sample, what: str, kernel: Tensor, plain:
     if exact64.numel() == 0:
         return
     error, plain_error = (kernel64 - exact64).abs().max(), (plain64 - exact64).abs().max()
-    roundings = FORWARD_FLOOR if factor == FORWARD else GRADIENT_FLOOR
+    roundings = _gradient_floor(spec, sample, kernel.dtype) if factor == GRADIENT else FLOOR
     floor = roundings * torch.finfo(kernel.dtype).eps * exact64.abs().max()
-    bound = factor * _exception(spec, sample, kernel.dtype) * plain_error + floor
+    bound = factor * plain_error + floor
     assert error <= bound, (
         f"{spec.name} [{sample.label}] {what} in {kernel.dtype}: error {error:.3e} against float64, "
         f"plain torch {plain_error:.3e}, allowed {bound:.3e}"

@@ -17,6 +17,9 @@ def qkv(batch=2, seq=6, heads=4, kv_heads=2, dim=8, dtype=torch.float32):
     )
 
 
+CALL = qkv()
+
+
 def cu(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -32,7 +35,14 @@ def cu(*values):
         (lambda q, k, v: dict(q=q, k=k.bfloat16(), v=v), "k has dtype bfloat16, but q has float32"),
         (lambda q, k, v: dict(q=q, k=k[:1], v=v), "batch sizes 2, 1, 2; they must be equal"),
         (lambda q, k, v: dict(q=q, k=k, v=v, scale=float("nan")), "scale is nan; it must be finite"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, scale=1e300), r"scale is 1e\+300; it must be finite in float32"),
         (lambda q, k, v: dict(q=q, k=k, v=v, softcap=float("inf")), "softcap is inf"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, softcap=float("nan")), "softcap is nan"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, softcap=3e38), r"softcap is 3e\+38; accepted: 1e-30 to 1e30"),
+        (lambda q, k, v: dict(q=q, k=k, v=v, softcap=1e-50), "softcap is 1e-50; accepted: 1e-30 to 1e30"),
+        (lambda q, k, v: dict(q=torch.tensor(1.0), k=k, v=v), r"q has shape \(\); expected \(batch, seq, heads"),
+        (lambda q, k, v: dict(q=q[..., :0], k=k[..., :0], v=v), r"head sizes are 0 \(q, k\) and 8 \(v\)"),
+        (lambda q, k, v: dict(q=q, k=k, v=v[..., :0]), r"head sizes are 8 \(q, k\) and 0 \(v\)"),
         (lambda q, k, v: dict(q=q, k=k, v=v, sinks=torch.zeros(3)), r"sinks has shape \(3,\); expected \(4\)"),
         (lambda q, k, v: dict(q=q, k=k, v=v, cu_seqlens_k=cu(0, 6)), "cu_seqlens_k is given without cu_seqlens_q"),
         (lambda q, k, v: dict(q=q, k=k, v=v, block_mask=BlockMask.local(64, 64, 0, block_q=5, block_k=2)), None),
@@ -74,6 +84,29 @@ def test_options_without_meaning(option):
     (name, value), *_ = option.items()
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         ops.attention(*qkv(), **option)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_widest_window_is_no_window(causal):
+    widest = 2**63 - 1
+    wide = ops.attention(*CALL, causal=causal, window=widest)
+    assert torch.equal(wide, ops.attention(*CALL, causal=causal))
+
+
+def test_one_block_of_any_size_covers_the_call():
+    everything = BlockMask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 2**62, 2**63 - 1)
+    assert torch.equal(ops.attention(*CALL, block_mask=everything), ops.attention(*CALL))
+
+
+def test_a_row_without_keys_has_no_gradient():
+    q, k, v = (t.requires_grad_() for t in qkv())
+    _, lse = ops.attention(q, k[:, :4], v[:, :4], causal=True, return_lse=True)
+    assert lse[..., :2].isneginf().all()
+    dlse = torch.randn_like(lse)
+    expected = torch.autograd.grad(lse, (q, k), dlse, retain_graph=True)
+    dlse[..., :2] = float("nan")
+    for actual, e in zip(torch.autograd.grad(lse, (q, k), dlse), expected):
+        assert torch.equal(actual, e)
 
 
 def paged(**change):
@@ -146,6 +179,22 @@ def test_block_mask_patterns():
         _ = local | BlockMask.local(256, 256, 1, block_k=32)
     with pytest.raises(ValueError, match=r"mask is torch\.float32"):
         BlockMask(torch.ones(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (lambda: BlockMask.local(64, 64, -1), "width is -1; it must not be negative"),
+        (lambda: BlockMask.global_(64, 64, -1), "count is -1; it must not be negative"),
+        (lambda: BlockMask.strided(64, 64, 0), "stride is 0; it must be at least 1"),
+        (lambda: BlockMask.local(-64, 64, 1), "num_q is -64; it must not be negative"),
+        (lambda: BlockMask.local(64, 64, 1, block_q=0), "block sizes are 0 and 64; they must be at least 1"),
+        (lambda: BlockMask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 4, -1), "block sizes are 4 and -1"),
+    ],
+)
+def test_block_mask_refuses(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        pattern()
 
 
 def test_offsets_beyond_two_gigabytes():

@@ -39,6 +39,37 @@ def test_falling_back_is_not_silent():
         ops.rms_norm(torch.randn(2, 8, device="meta"), torch.ones(8, device="meta"))
 
 
+def test_an_earlier_refusal_does_not_silence_the_fall_back():
+    x, weight = torch.randn(2, 8, device="meta"), torch.ones(8, device="meta")
+    _decisions.pop(("rms_norm", "meta", torch.float32), None)
+    with llmcore.backend("kernel"), pytest.raises(RuntimeError, match="no meta kernel of rms_norm"):
+        ops.rms_norm(x, weight)
+    with pytest.warns(ops.BackendFallbackWarning, match="no meta kernel of rms_norm"):
+        ops.rms_norm(x, weight)
+
+
+def test_forward_mode_is_refused_by_kernels_and_served_by_the_reference():
+    x, tangent = torch.randn(2, 8), torch.randn(2, 8)
+
+    def f(x):
+        return ops.rms_norm(x, torch.ones(8))
+
+    with pytest.raises(NotImplementedError, match="rms_norm: kernels have no forward-mode gradient"):
+        torch.func.jvp(f, (x,), (tangent,))
+    with llmcore.backend("reference"):
+        _, actual = torch.func.jvp(f, (x,), (tangent,))
+        expected = (f(x + 1e-3 * tangent) - f(x - 1e-3 * tangent)) / 2e-3
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_paged_attention_has_no_gradient():
+    q = torch.randn(1, 2, 4, requires_grad=True)
+    block, length = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    out = ops.paged_attention(q, torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4), block, length)
+    with pytest.raises(NotImplementedError, match="paged_attention has no gradient"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("version", ["2.9.1", "2.14.0", "3.0.0+cpu", "1.13.1"])
 def test_unsupported_torch_is_one_clear_sentence(version):
     with pytest.raises(

@@ -25,6 +25,7 @@ LOGITS = torch.linspace(-1, 1, 24).view(3, 8)
         ({"bias": torch.zeros(7)}, r"bias has shape \(7,\); expected \(8\)"),
         ({"bias": torch.zeros(8, dtype=torch.bfloat16)}, "bias has dtype bfloat16; expected float32"),
         ({"bias": torch.tensor([0.0] * 5 + [float("nan")] + [0.0] * 2)}, r"bias\[5\] is -?nan"),
+        ({"scale": float("nan")}, r"scale is -?nan; it must be finite"),
         ({"logits": LOGITS[0]}, r"logits has shape \(8,\); expected \(tokens, num_experts\)"),
         ({"logits": LOGITS[:, :0]}, r"logits has shape \(3, 0\)"),
     ],
@@ -139,9 +140,9 @@ def offsets_of(*values: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("x", "weight", "offsets", "message"),
     [
-        (X, WEIGHT, offsets_of(0, 2, 1, 3), r"offsets\[2\] is 1, below .*offsets\[1\], 2; they must not fall"),
-        (X, WEIGHT, offsets_of(1, 2, 2, 3), r"offsets\[0\] is 1; it must be 0"),
-        (X, WEIGHT, offsets_of(0, 2, 2, 2), r"offsets\[3\] is 2; the last one must be the number of rows, 3"),
+        (X, WEIGHT, offsets_of(0, 2, 1, 3), r"offsets\[2\] is 1, below 2 before it; offsets must not fall"),
+        (X, WEIGHT, offsets_of(1, 2, 2, 3), r"offsets\[0\] is 1; offsets start with 0"),
+        (X, WEIGHT, offsets_of(0, 2, 2, 2), "offsets ends with 2, but x_sorted has 3 rows"),
         (X, WEIGHT, offsets_of(0, 2, 3), r"offsets has shape \(3,\); expected \(4\)"),
         (X, WEIGHT, offsets_of(0, 2, 2, 3).long(), "offsets has dtype int64; expected int32"),
         (X, WEIGHT.bfloat16(), offsets_of(0, 2, 2, 3), "weight has dtype bfloat16, but x_sorted has float32"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcore.ops import dyt, layer_norm
+from llmcore.ops import dyt, layer_norm, rms_norm
 
 X, W = torch.randn(3, 8), torch.ones(8)
 
@@ -28,6 +28,38 @@ X, W = torch.randn(3, 8), torch.ones(8)
 def test_layer_norm(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         layer_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, torch.ones(7)), r"weight has shape \(7,\); expected \(8\)"),
+        ((X, W.double()), "weight has dtype float64, but x has float32"),
+        ((X, W, float("nan")), "eps is nan; it must not be negative"),
+        ((X, W, 1e-5, torch.randn(1, 8)), r"residual has shape \(1, 8\), but x has \(3, 8\)"),
+        ((X, W, 1e-5, torch.randn(3, 8).half()), "residual has dtype float16, but x has float32"),
+        ((torch.randn(3, 0), torch.ones(0)), r"x has shape \(3, 0\); the last dimension must not be empty"),
+        ((torch.tensor(1.0), W), "at least one dimension"),
+    ],
+)
+def test_rms_norm(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        rms_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dy": torch.randn(3, 7)}, r"dy has shape \(3, 7\), but z has \(3, 8\)"),
+        ({"dz": torch.randn(3, 8).half()}, "dz has dtype float16, but z has float32"),
+        ({"weight": torch.ones(3)}, r"weight has shape \(3,\); expected \(8\)"),
+        ({"rstd": torch.ones(2)}, r"rstd has shape \(2,\); expected \(3\)"),
+    ],
+)
+def test_rms_norm_backward(change, message):
+    call = {"dy": X, "dz": None, "z": X, "weight": W, "rstd": torch.ones(3)}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.llmcore.rms_norm_backward(**{**call, **change})
 
 
 @pytest.mark.parametrize(

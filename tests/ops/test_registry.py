@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llmcore
 from llmcore.ops import registry
 
-from .checks import check_sample, copied, run, run_with_gradients
+from .checks import check_sample, copied, run, run_with_gradients, tensors
 
 ISAS = llmcore._C.cpu_isas()
 
@@ -70,6 +70,52 @@ def test_reference_gradients(spec, sample, dtype):
         (args if isinstance(where, int) else kwargs)[where].clone().requires_grad_() for where in sample.differentiable
     ]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", sorted(registry))
+def test_tensors_on_two_devices_are_refused(name):
+    """Any argument but the first on the meta device, where torch would call the fake kernel."""
+    spec = registry[name]
+    refused = 0
+    for sample in spec.samples(spec.dtypes["cpu"][0], "cpu"):
+        values = dict(enumerate(sample.args)) | sample.kwargs
+        for where in [w for w, value in values.items() if w != 0 and isinstance(value, torch.Tensor)]:
+            changed = values | {where: values[where].to("meta")}
+            args = [changed.pop(i) for i in range(len(sample.args))]
+            with pytest.raises(RuntimeError, match="tensors are on cpu, meta; all must be on one device"):
+                spec.op(*args, **changed)
+            refused += 1
+    assert refused
+
+
+def first_differentiable():
+    for name, spec in registry.items():
+        for sample in spec.samples(spec.dtypes["cpu"][0], "cpu"):
+            if sample.differentiable:
+                yield pytest.param(spec, sample, id=name)
+                break
+
+
+@pytest.mark.parametrize(("spec", "sample"), list(first_differentiable()))
+def test_second_derivatives_are_right_or_refused(spec, sample):
+    def second(function):
+        args, kwargs = list(sample.args), dict(sample.kwargs)
+        leaves = []
+        for where in sample.differentiable:
+            holder = args if isinstance(where, int) else kwargs
+            holder[where] = holder[where].clone().requires_grad_()
+            leaves.append(holder[where])
+        outputs = [o for o in tensors(function(*args, **kwargs)) if o.requires_grad]
+        grads = torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves, create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+        return [leaf.grad for leaf in leaves]
+
+    expected = second(spec.reference)
+    if spec.name == "rope":  # its gradient is rope again
+        torch.testing.assert_close(second(spec.op), expected)
+        return
+    with pytest.raises(RuntimeError, match=r"has no gradient|once_differentiable"):
+        second(spec.op)
 
 
 opchecked = set()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from llmcore.tokenizers import render_chat
+from llmcore.tokenizers import DEFAULT_CHAT_TEMPLATE, render_chat
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 TOOLS = [{"name": "add", "parameters": {"type": "object"}}]
@@ -48,6 +48,45 @@ def test_messages_cannot_forge_control_tokens(trained):
     assert controls == ["<|im_start|>", "<|im_end|>"]
 
 
+def test_private_characters_in_messages_are_text(trained):
+    tokenizer = trained["bpe"]
+    chat = [{"role": "user", "content": "<|im_end|>" + "".join(map(chr, range(0xE000, 0xF900)))}]
+    assert tokenizer.decode(tokenizer.encode_chat(chat)) == tokenizer.apply_chat_template(chat)
+    with pytest.raises(ValueError, match="lone surrogate"):
+        tokenizer.encode_chat([{"role": "user", "content": "\ud8000\ud800"}])
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "hi"}], {"text": "hi"}, 3])
+def test_content_that_is_no_text_is_refused(trained, content):
+    for tools in (None, TOOLS):
+        for role in ("system", "user"):
+            with pytest.raises(ValueError, match=r"message 0 is not text|the chat template failed: TypeError"):
+                trained["bpe"].apply_chat_template([{"role": role, "content": content}], tools=tools)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        DEFAULT_CHAT_TEMPLATE,
+        "{{ tools | tojson(indent=2) }}{{ tools | tojson(separators=(',', ':'), sort_keys=True) }}",
+        "{{ {'b': 'é<', 'a': 1} | tojson(ensure_ascii=True) }}",
+        "{% for m in messages %}\n  {% if loop.index == 2 %}{% break %}{% endif %}\n{{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{{ strftime_now('%Y') | length }}{{ eos_token }}",
+    ],
+)
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_templates_give_what_transformers_gives(trained, tmp_path, template, tools):
+    transformers = pytest.importorskip("transformers")
+    trained["bpe"].save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(
+        CHAT, chat_template=template, tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    variables = {"eos_token": trained["bpe"].eos_token}
+    assert render_chat(template, CHAT, tools=tools, add_generation_prompt=True, variables=variables) == expected
+
+
 def test_own_template_sees_special_tokens_and_may_refuse(trained):
     tokenizer = copy.copy(trained["byte"])
     tokenizer.chat_template = "{{ bos_token }}{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}"
@@ -65,6 +104,9 @@ def test_own_template_sees_special_tokens_and_may_refuse(trained):
         "{% for i in range(10**9) %}{% endfor %}",
         "{% if %}",
         "{{ 1 / 0 }}",
+        "{{ 10**5000 }}",
+        "{{ 'a' * 10**18 }}",
+        "{% for m in messages %}" * 25 + "{% endfor %}" * 25,
     ],
 )
 def test_hostile_and_broken_templates(template):

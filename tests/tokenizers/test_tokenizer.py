@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from llmcore.tokenizers import Tokenizer, train_tokenizer
+from llmcore.tokenizers._atomic import write_atomic
 
 KINDS = ("bpe", "unigram", "word", "byte")
 SAMPLE = "def f(x):\r\n\treturn x ** 2  # ½ 😀\n\n   12345 <|endoftext|>"
@@ -38,6 +39,38 @@ def test_saved_file_loads_in_the_plain_library_with_the_same_ids(trained, texts,
         assert plain.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
     assert plain.encode(SAMPLE, add_special_tokens=False).ids == tokenizer.encode(SAMPLE, allow_special=True)
     assert plain.get_vocab_size() == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_folder_loads_in_transformers_with_the_same_ids(trained, texts, tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = trained[kind]
+    tokenizer.save(tmp_path)
+    for loader in (transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer):
+        theirs = loader.from_pretrained(tmp_path)
+        assert len(theirs) == tokenizer.vocab_size
+        for role in ("bos", "eos", "pad", "unk"):
+            assert getattr(theirs, f"{role}_token_id") == getattr(tokenizer, f"{role}_id")
+        for text in [*texts[:3], SAMPLE, " don't , stop .", ""]:
+            ids = tokenizer.encode(text, allow_special=True)
+            assert theirs.encode(text, add_special_tokens=False) == ids
+            assert theirs.decode(ids) == tokenizer.decode(ids)
+
+
+def test_a_save_that_was_cut_short_leaves_no_tokenizer(trained, tmp_path, monkeypatch):
+    written = []
+
+    def write_one(path, content):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_atomic(path, content)
+
+    monkeypatch.setattr("llmcore.tokenizers.tokenizer.write_atomic", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        trained["bpe"].save(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.load(tmp_path)
 
 
 def test_lone_file_finds_conventional_special_tokens(trained, tmp_path):
@@ -84,6 +117,8 @@ def test_decode(trained):
     for bad in (-1, 261, 2**40):
         with pytest.raises(ValueError, match=f"token id {bad} has no token"):
             tokenizer.decode([bad])
+    with pytest.raises(TypeError, match="float"):
+        tokenizer.decode([97.5])
 
 
 def test_encode_refuses_what_it_cannot_do(trained):

@@ -98,6 +98,21 @@ def test_too_small_a_vocabulary_names_the_minimum(texts, kind, smallest):
     assert train_tokenizer(texts, kind=kind, vocab_size=smallest).vocab_size == smallest
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "word"])
+def test_too_large_a_vocabulary_names_the_maximum(texts, kind):
+    with pytest.raises(ValueError, match="vocab_size is 10000000000; accepted: at most 16777216"):
+        train_tokenizer(texts, kind=kind, vocab_size=10**10)
+
+
+def test_long_words_are_cut_in_training_alone():
+    """Trainers take time quadratic in the length of a word; what they learn of a part is enough."""
+    whole = train_tokenizer(["a" * 2560], kind="bpe", vocab_size=300)
+    parts = train_tokenizer([" ".join(["a" * 256] * 10)], kind="bpe", vocab_size=300)
+    assert max(len(whole.id_to_token(i)) for i in range(256, 290) if whole.id_to_token(i)) == 256
+    assert whole.encode("a" * 256) == parts.encode("a" * 256)
+    assert len(whole.encode("a" * 257)) == 2
+
+
 def test_bad_arguments(texts):
     with pytest.raises(ValueError, match="bpe, unigram, word, byte"):
         train_tokenizer(texts, kind="wordpiece", vocab_size=500)
@@ -105,6 +120,10 @@ def test_bad_arguments(texts):
         train_tokenizer([], kind="byte", vocab_size=300)
     with pytest.raises(TypeError, match="not one text"):
         train_tokenizer("abc", vocab_size=500)
+    with pytest.raises(TypeError, match="special_tokens must be a sequence of texts"):
+        train_tokenizer(texts, vocab_size=500, special_tokens="<|x|>")
+    with pytest.raises(ValueError, match="min_frequency must be at least 0, not -1"):
+        train_tokenizer(texts, vocab_size=500, min_frequency=-1)
     with pytest.raises(TypeError, match="not int"):
         train_tokenizer([1], vocab_size=500)
     with pytest.raises(ValueError, match="lone surrogate at character 1"):

@@ -55,6 +55,18 @@ def test_one_long_file_is_cut_so_that_some_is_held_out(tmp_path):
         assert batch.tokens.numel() == 64
 
 
+def test_a_file_of_one_long_line_is_cut_too(tmp_path):
+    content = text(0, 2000).replace("\n", " ")
+    (tmp_path / "text8").write_text(content)
+    source = cut_if_few(read_source(SourceConfig(path=str(tmp_path / "text8"))), 0.02)
+    pieces = [d.text for d in source]
+    assert "".join(pieces) == content
+    assert all(piece.endswith(" ") for piece in pieces)
+    corpus = build(tmp_path, [SourceConfig(path=str(tmp_path / "text8"))], validation_fraction=0.02)
+    held = corpus.validation_sets["0-text8"].num_tokens
+    assert 0 < held < 0.1 * corpus.train_sets["0-text8"].num_tokens
+
+
 def test_many_documents_are_left_whole(tmp_path):
     with open(tmp_path / "many.jsonl", "w") as file:
         for i in range(200):
@@ -106,6 +118,8 @@ def test_a_finished_run_folder_needs_its_source_no_more(tmp_path):
 def test_unusable_corpora_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         build(tmp_path, [SourceConfig(path=str(tmp_path / "nowhere"))])
+    with pytest.raises(FileNotFoundError, match="~no-such-user/corpus does not exist"):
+        read_source(SourceConfig(path="~no-such-user/corpus"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no documents"):
         build(tmp_path, [SourceConfig(path=str(tmp_path / "empty"))])

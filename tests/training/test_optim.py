@@ -200,6 +200,10 @@ def test_state_of_another_model_is_refused():
     [
         ({"kind": "sgd"}, "optim.kind is 'sgd'"),
         ({"lr": 0.0}, "optim.lr is 0.0"),
+        ({"lr": math.nan}, "optim.lr is nan"),
+        ({"lr": math.inf}, "optim.lr is inf"),
+        ({"weight_decay": math.inf}, "optim.weight_decay is inf"),
+        ({"grad_clip": math.nan}, "optim.grad_clip is nan"),
         ({"betas": (0.9, 1.0)}, "optim.betas"),
         ({"momentum": 1.0}, "optim.momentum"),
         ({"grad_clip": -1.0}, "optim.grad_clip is -1.0"),

@@ -178,6 +178,9 @@ LLMCORE_INLINE void store_n(T* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buf[i];
 }
 
+// The first n lanes of x, the others 0.
+LLMCORE_INLINE vf first_n(vf x, int64_t n) { return n >= kLanes ? x : iota() < static_cast<int32_t>(n) ? x : zero(); }
+
 // Walks a row of `dim` elements in vectors: f(i, n) for lanes [i, i + n). In the main loop n is the constant kLanes (by
 // its type), so that load_n and store_n lose their branch; the tail comes last, with an int64_t n < kLanes.
 // f is a generic lambda: [&](int64_t i, auto n) { store_n(y + i, load_n(x + i, n), n); }
@@ -234,7 +237,11 @@ LLMCORE_INLINE vf repeat_high(vf x) {  // kLanes/2 kLanes/2 ... kLanes-1 kLanes-
 LLMCORE_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: -ffp-contract=fast
 // x as a rounded number of its own: a product in it is not contracted with the addition that follows.
 LLMCORE_INLINE vf rounded(vf x) {
-#if defined(__has_builtin)
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));  // the compiler's own barriers take a vector apart
+#elif defined(__x86_64__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  asm("" : "+x"(x));
+#elif defined(__has_builtin)
 #if __has_builtin(__builtin_assoc_barrier)
   return __builtin_assoc_barrier(x);
 #elif __has_builtin(__arithmetic_fence)
@@ -275,6 +282,19 @@ LLMCORE_INLINE float reduce_max(vf x) {
   for (int w = kLanes / 2; w > 0; w /= 2)
     for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
   return t[0];
+}
+
+// Sums over a row, Count of them: f(i, n, sums) adds what elements [i, i + n) give to the vectors sums[Count]. They go
+// into four sets that are joined at the end: in one, each addition would wait for the one before it.
+template <int Count, class F>
+LLMCORE_INLINE void sum_row(int64_t dim, float (&total)[Count], const F& f) {
+  constexpr int kSets = 4;
+  vf sums[kSets][Count] = {};
+  int64_t i = 0;
+  for (; i + kSets * kLanes <= dim; i += kSets * kLanes)
+    for (int set = 0; set < kSets; ++set) f(i + set * kLanes, FullVector{}, sums[set]);
+  for_row(dim - i, [&](int64_t j, auto n) { f(i + j, n, sums[0]); });
+  for (int c = 0; c < Count; ++c) total[c] = reduce_sum((sums[0][c] + sums[1][c]) + (sums[2][c] + sums[3][c]));
 }
 
 // 2^f for |f| <= 0.5, relative error 1.7e-7: the polynomial of Cephes' exp2f.

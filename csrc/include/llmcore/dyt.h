@@ -27,9 +27,9 @@ struct DytBackwardParams {
   const void* alpha;       // (1)
   const void* weight;      // (dim)
   void* dx;                // (rows, dim), contiguous
-  double* dalpha_partial;  // (threads), zeroed: one partial sum per worker. It sums rows * dim products: hence double
-  float* dweight_partial;  // (threads, dim), zeroed
-  float* dbias_partial;    // (threads, dim), zeroed, or null when there is no bias
+  double* dalpha_partial;  // (ceil(rows / kSumRows)): one partial sum per block of rows; each is of many, hence double
+  float* dweight_partial;  // (ceil(rows / kSumRows), dim), zeroed
+  float* dbias_partial;    // likewise, or null when there is no bias
 };
 
 LLMCORE_CPU_KERNEL(dyt_forward, DytParams)

@@ -11,6 +11,10 @@ struct Parallel {
   void (*run)(int64_t workers, void* ctx, void (*body)(void* ctx, int64_t worker));
 };
 
+// A gradient that is a sum over rows is summed by blocks of this many rows, and the binding sums the blocks: a longer
+// chain of float32 additions loses more than torch's own sum does.
+constexpr int64_t kSumRows = 32;
+
 // Compiled into every kernel file; in an instruction-set namespace so that no copy is shared between instruction sets.
 #ifdef LLMCORE_ISA
 namespace cpu {
@@ -61,6 +65,15 @@ inline void parallel_tasks(const Parallel& par, int64_t n, const F& f) {
       if (i >= x.n) return;
       (*x.f)(i, w);
     }
+  });
+}
+
+// f(block, begin, end): rows [begin, end) of [0, rows) in blocks of kSumRows.
+template <class F>
+inline void parallel_row_blocks(const Parallel& par, int64_t rows, const F& f) {
+  parallel_tasks(par, (rows + kSumRows - 1) / kSumRows, [&](int64_t block, int64_t) {
+    const int64_t begin = block * kSumRows, end = begin + kSumRows;
+    f(block, begin, end < rows ? end : rows);
   });
 }
 
