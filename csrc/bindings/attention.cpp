@@ -85,6 +85,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     s.batch = cu_q->size(0) - 1;
     LLMCORE_CHECK(!cu_k || cu_k->size(0) == cu_q->size(0), op, ": cu_seqlens_k describes ", cu_k->size(0) - 1,
                   " sequences, but cu_seqlens_q ", s.batch);
+    s.total_q = call.total_q;
     longest_q = longest_k = 0;
     for (int64_t b = 0; b < s.batch; ++b) {
       longest_q = std::max<int64_t>(longest_q, s.cu_q[b + 1] - s.cu_q[b]);
@@ -94,6 +95,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     s.batch = q.size(0);
     s.seq_q = q.size(1);
     s.seq_k = k.size(1);
+    s.total_q = s.batch * s.seq_q;
     LLMCORE_CHECK(k.size(0) == s.batch && v.size(0) == s.batch, op, ": q, k, v have batch sizes ", s.batch, ", ",
                   k.size(0), ", ", v.size(0), "; they must be equal");
   }
@@ -252,6 +254,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   check_dtype(block_table, ScalarType::Int, "paged_attention: block_table");
   check_dim(block_table, 2, "paged_attention: block_table", "(batch, max_blocks)");
   s.batch = block_table.size(0);
+  s.total_q = q_in.size(0);
   check_cpu(kv_lens, "paged_attention: kv_lens");
   check_dtype(kv_lens, ScalarType::Int, "paged_attention: kv_lens");
   check_shape(kv_lens, {s.batch}, "paged_attention: kv_lens");

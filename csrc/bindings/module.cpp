@@ -3,6 +3,9 @@
 
 #include "llmcore/build_config.h"
 #include "llmcore/isa.h"
+#ifdef LLMCORE_EMULATE_CUDA
+#include "simt.h"
+#endif
 
 namespace py = pybind11;
 
@@ -30,4 +33,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const std::string& name) { return llmcore::set_isa(name.c_str()); },
       "Chooses the instruction set of the CPU kernels for the whole process; False when it is not available.");
+#ifdef LLMCORE_EMULATE_CUDA
+  m.def(
+      "emulator_options",
+      [](const std::string& schedule, const std::string& copies, uint64_t seed) {
+        simt::options() = {simt::schedule_named(schedule), simt::copies_named(copies), seed};
+      },
+      "How the emulator runs the CUDA kernels that this thread launches from now on.");
+#endif
 }

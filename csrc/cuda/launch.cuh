@@ -46,8 +46,9 @@ Status launch(void (*kernel)(Params...), Grid grid, int threads, int shared_byte
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   static thread_local std::string message;
   try {
-    simt::launch(simt::Dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)),
-                 static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes), [&] { kernel(args...); });
+    simt::launch(
+        simt::Dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)),
+        static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes), [&] { kernel(args...); });
   } catch (const simt::Error& error) {
     message = error.what();
     return message.c_str();

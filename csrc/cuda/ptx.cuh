@@ -1,8 +1,8 @@
-// The one file with inline PTX. nvcc sees instructions; a host compiler sees calls into the emulator of tests/simt, which
-// runs the same kernels on a CPU. Kernels therefore touch what is special about a GPU only through this file.
+// The one file with inline PTX. nvcc sees instructions; a host compiler sees calls into the emulator of tests/simt,
+// which runs the same kernels on a CPU. Kernels therefore touch what is special about a GPU only through this file.
 //
-// Semantics: PTX ISA 8.x, the section named like the instruction. Fragments of m16n8k16, for lane l, g = l / 4, t = l % 4
-// (a 32-bit register holds two 16-bit elements, the one of the lower index in its low half):
+// Semantics: PTX ISA 8.x, the section named like the instruction. Fragments of m16n8k16, for lane l, g = l / 4, t = l %
+// 4 (a 32-bit register holds two 16-bit elements, the one of the lower index in its low half):
 //   A (16 x 16): a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t..], a[2] = A[g][2t+8..], a[3] = A[g+8][2t+8..]
 //   B (16 x 8):  b0 = B[2t, 2t+1][g], b1 = B[2t+8, 2t+9][g]
 //   C (16 x 8):  c[0], c[1] = C[g][2t, 2t+1], c[2], c[3] = C[g+8][2t, 2t+1]

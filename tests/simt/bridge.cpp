@@ -1,5 +1,5 @@
-// The CUDA kernels as one more instruction set of the CPU ops, "cuda_emulated": the bindings, and with them every test of
-// the registry, reach the launchers in csrc/cuda, and those run on the emulator. Only in test builds
+// The CUDA kernels as one more instruction set of the CPU ops, "cuda_emulated": the bindings, and with them every test
+// of the registry, reach the launchers in csrc/cuda, and those run on the emulator. Only in test builds
 // (LLMCORE_EMULATE_CUDA).
 #include <stdexcept>
 
@@ -8,11 +8,10 @@
 #include "llmcore/glu.h"
 #include "llmcore/grouped_gemm.h"
 #include "llmcore/kv_cache_write.h"
-#include "llmcore/layer_norm.h"
 #include "llmcore/linear_cross_entropy.h"
 #include "llmcore/moe_permute.h"
 #include "llmcore/moe_route.h"
-#include "llmcore/rms_norm.h"
+#include "llmcore/norm.h"
 #include "llmcore/rope.h"
 
 namespace llmcore {
@@ -43,16 +42,16 @@ WITHOUT_CUDA_KERNEL(dyt_backward, DytBackwardParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm, GroupedGemmParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm_weight_grad, GroupedGemmWeightGradParams)
 WITHOUT_CUDA_KERNEL(kv_cache_write, KvCacheWriteParams)
-WITHOUT_CUDA_KERNEL(layer_norm_forward, LayerNormParams)
-WITHOUT_CUDA_KERNEL(layer_norm_backward, LayerNormBackwardParams)
+WITHOUT_CUDA_KERNEL(layer_norm_forward, NormParams)
+WITHOUT_CUDA_KERNEL(layer_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
 WITHOUT_CUDA_KERNEL(moe_sort, MoeSortParams)
 WITHOUT_CUDA_KERNEL(moe_scatter, MoeScatterParams)
 WITHOUT_CUDA_KERNEL(moe_gather, MoeGatherParams)
 WITHOUT_CUDA_KERNEL(moe_route_forward, MoeRouteParams)
 WITHOUT_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
-WITHOUT_CUDA_KERNEL(rms_norm_forward, RmsNormParams)
-WITHOUT_CUDA_KERNEL(rms_norm_backward, RmsNormBackwardParams)
+WITHOUT_CUDA_KERNEL(rms_norm_forward, NormParams)
+WITHOUT_CUDA_KERNEL(rms_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(rope, RopeParams)
 
 }  // namespace cuda_emulated

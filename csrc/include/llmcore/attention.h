@@ -1,5 +1,6 @@
 // Scaled dot-product attention by tiles (FlashAttention, arXiv 2205.14135 and 2307.08691), dense, packed or paged.
 #pragma once
+#include "llmcore/cuda.h"
 #include "llmcore/dtype.h"
 #include "llmcore/isa.h"
 
@@ -32,6 +33,7 @@ struct AttentionShape {
   int64_t batch, heads, kv_heads;  // kv_heads divides heads
   int64_t head_dim, v_head_dim;    // of q and k; of v and out
   int64_t seq_q, seq_k;
+  int64_t total_q;      // query rows in all, packed or not: bounds a grid where cu_q is on the device
   const int32_t* cu_q;  // (batch + 1) or null
   const int32_t* cu_k;
   const int32_t* block_table;  // (batch, table_stride) or null
@@ -53,6 +55,7 @@ struct AttentionParams {
   RowStrides out_strides;
   float* lse;  // log of each row's sum of exponentials; row stride 1; or null
   int64_t lse_batch, lse_head;
+  void* workspace;  // CUDA: attention_forward_workspace() bytes, aligned to 16; CPU: null
 };
 
 // Gradients. Deterministic: each worker owns what it adds to, and partial sums meet in a fixed order.
@@ -73,10 +76,19 @@ struct AttentionBackwardParams {
   void* dk;
   void* dv;
   RowStrides dq_strides, dk_strides, dv_strides;
-  float* dsinks;  // (batch, heads), zeroed, or null
+  float* dsinks;    // (batch, heads), zeroed, or null
+  void* workspace;  // CUDA: attention_backward_workspace() bytes, aligned to 16; CPU: null
 };
 
 LLMCORE_CPU_KERNEL_BF16(attention_forward, AttentionParams)
 LLMCORE_CPU_KERNEL_BF16(attention_backward, AttentionBackwardParams)
+LLMCORE_CUDA_KERNEL(attention_forward, AttentionParams)
+LLMCORE_CUDA_KERNEL(attention_backward, AttentionBackwardParams)
+
+namespace cuda {
+// Bytes of device memory that the launcher needs for a call, computed from the shapes alone.
+int64_t attention_forward_workspace(const AttentionParams& p, const Device& device);
+int64_t attention_backward_workspace(const AttentionBackwardParams& p, const Device& device);
+}  // namespace cuda
 
 }  // namespace llmcore

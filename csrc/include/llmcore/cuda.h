@@ -18,7 +18,7 @@ using Status = const char*;
 }  // namespace llmcore
 
 // Declares the launcher of an op's CUDA kernel, the twin of LLMCORE_CPU_KERNEL.
-#define LLMCORE_CUDA_KERNEL(kernel, Params)               \
-  namespace cuda {                                        \
-  Status kernel(const Params& p, const Device& device);   \
+#define LLMCORE_CUDA_KERNEL(kernel, Params)             \
+  namespace cuda {                                      \
+  Status kernel(const Params& p, const Device& device); \
   }

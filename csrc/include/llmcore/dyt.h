@@ -1,5 +1,6 @@
 // Dynamic tanh, the element-wise layer that stands in for normalisation (Zhu et al., arXiv 2503.10622).
 #pragma once
+#include "llmcore/cuda.h"
 #include "llmcore/dtype.h"
 #include "llmcore/isa.h"
 
@@ -34,5 +35,7 @@ struct DytBackwardParams {
 
 LLMCORE_CPU_KERNEL(dyt_forward, DytParams)
 LLMCORE_CPU_KERNEL(dyt_backward, DytBackwardParams)
+LLMCORE_CUDA_KERNEL(dyt_forward, DytParams)
+LLMCORE_CUDA_KERNEL(dyt_backward, DytBackwardParams)
 
 }  // namespace llmcore

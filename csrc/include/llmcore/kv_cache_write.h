@@ -1,5 +1,6 @@
 // Writing new keys and values into a paged cache (the page table of Kwon et al., arXiv 2309.06180).
 #pragma once
+#include "llmcore/cuda.h"
 #include "llmcore/dtype.h"
 #include "llmcore/isa.h"
 
@@ -29,5 +30,6 @@ struct KvCacheWriteParams {
 };
 
 LLMCORE_CPU_KERNEL(kv_cache_write, KvCacheWriteParams)
+LLMCORE_CUDA_KERNEL(kv_cache_write, KvCacheWriteParams)
 
 }  // namespace llmcore

@@ -1,6 +1,7 @@
 // RMS normalisation (Zhang & Sennrich, arXiv 1910.07467) and layer normalisation (Ba et al., arXiv 1607.06450) with an
 // optional fused residual addition.
 #pragma once
+#include "llmcore/cuda.h"
 #include "llmcore/dtype.h"
 #include "llmcore/isa.h"
 
@@ -46,5 +47,9 @@ LLMCORE_CPU_KERNEL(rms_norm_forward, NormParams)
 LLMCORE_CPU_KERNEL(rms_norm_backward, NormBackwardParams)
 LLMCORE_CPU_KERNEL(layer_norm_forward, NormParams)
 LLMCORE_CPU_KERNEL(layer_norm_backward, NormBackwardParams)
+LLMCORE_CUDA_KERNEL(rms_norm_forward, NormParams)
+LLMCORE_CUDA_KERNEL(rms_norm_backward, NormBackwardParams)
+LLMCORE_CUDA_KERNEL(layer_norm_forward, NormParams)
+LLMCORE_CUDA_KERNEL(layer_norm_backward, NormBackwardParams)
 
 }  // namespace llmcore

@@ -1,5 +1,6 @@
 // Rotary position embedding (Su et al., arXiv 2104.09864).
 #pragma once
+#include "llmcore/cuda.h"
 #include "llmcore/dtype.h"
 #include "llmcore/isa.h"
 
@@ -24,5 +25,6 @@ struct RopeParams {
 };
 
 LLMCORE_CPU_KERNEL(rope, RopeParams)
+LLMCORE_CUDA_KERNEL(rope, RopeParams)
 
 }  // namespace llmcore

@@ -50,8 +50,8 @@ unsigned char* pooled_stack(size_t i) {
   constexpr size_t kPage = 4096;
   static thread_local std::vector<unsigned char*> pool;
   while (pool.size() <= i) {
-    void* at = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                    -1, 0);
+    void* at =
+        mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) throw std::bad_alloc();
     mprotect(at, kPage, PROT_NONE);
     pool.push_back(static_cast<unsigned char*>(at) + kPage);

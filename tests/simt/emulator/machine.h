@@ -80,7 +80,7 @@ struct Cta {
   unsigned alive = 0, next_warp = 0;
 };
 
-Thread& running();       // the thread whose kernel code called the emulator
+Thread& running();  // the thread whose kernel code called the emulator
 Cta& running_cta();
 uint64_t random_bits();  // repeatable for a seed
 

@@ -1,5 +1,5 @@
-// ThreadSanitizer, when the program is built with it: every CUDA thread is a TSan fiber, and only what synchronises on a
-// GPU synchronises here. In other builds the functions do nothing.
+// ThreadSanitizer, when the program is built with it: every CUDA thread is a TSan fiber, and only what synchronises on
+// a GPU synchronises here. In other builds the functions do nothing.
 //
 // The emulator itself is built without instrumentation; what it reads and writes on behalf of a kernel it announces.
 #pragma once

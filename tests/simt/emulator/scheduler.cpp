@@ -114,8 +114,8 @@ void build(Cta& cta, size_t shared_bytes) {
   cta.alive = count;
   constexpr size_t kAlign = 1024;
   cta.allocation = std::make_unique<unsigned char[]>(shared_bytes + kAlign);
-  cta.shared = reinterpret_cast<uint8_t*>(
-      (reinterpret_cast<uintptr_t>(cta.allocation.get()) + kAlign - 1) / kAlign * kAlign);
+  cta.shared =
+      reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(cta.allocation.get()) + kAlign - 1) / kAlign * kAlign);
   cta.shared_bytes = shared_bytes;
   memset(cta.shared, 0xff, shared_bytes);  // NaN in bf16, fp16 and fp32
   for (size_t w = 0; w < cta.warps.size(); ++w) {
@@ -174,6 +174,20 @@ void run_cta(const Dim3& index, size_t shared_bytes) {
 }
 
 }  // namespace
+
+Schedule schedule_named(const std::string& name) {
+  if (name == "round_robin") return Schedule::round_robin;
+  if (name == "random") return Schedule::random;
+  if (name == "priorities") return Schedule::priorities;
+  throw std::invalid_argument("schedule " + name + "; accepted: round_robin, random, priorities");
+}
+
+Copies copies_named(const std::string& name) {
+  if (name == "late") return Copies::late;
+  if (name == "early") return Copies::early;
+  if (name == "random") return Copies::random;
+  throw std::invalid_argument("copies " + name + "; accepted: late, early, random");
+}
 
 Options& options() { return machine.options; }
 Counters& counters() { return machine.counters; }

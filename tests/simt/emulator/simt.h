@@ -1,5 +1,5 @@
-// A SIMT machine on the CPU: CUDA kernels compiled by a host compiler run on it, one fiber for each CUDA thread, one CTA
-// after the other. csrc/cuda/ptx.cuh calls the functions below where nvcc would see inline PTX; tests choose the
+// A SIMT machine on the CPU: CUDA kernels compiled by a host compiler run on it, one fiber for each CUDA thread, one
+// CTA after the other. csrc/cuda/ptx.cuh calls the functions below where nvcc would see inline PTX; tests choose the
 // schedule and when asynchronous copies happen, within what the PTX ISA allows.
 //
 // Whatever a GPU would not promise is made to hurt: shared memory starts as NaN, the destination of a copy in flight is
@@ -32,6 +32,8 @@ enum class Copies {
   early,   // when it is issued (finds buffers that are still being read)
   random,  // each at random one of the two
 };
+Schedule schedule_named(const std::string& name);  // throws std::invalid_argument
+Copies copies_named(const std::string& name);
 struct Options {
   Schedule schedule = Schedule::round_robin;
   Copies copies = Copies::late;
@@ -74,9 +76,9 @@ uint8_t* shared_pointer(uint32_t at, size_t bytes);  // checked against the CTA'
 constexpr uint32_t kFullMask = 0xffffffffu;
 
 void syncwarp(uint32_t mask);
-uint32_t shfl(uint32_t mask, uint32_t value, unsigned from_lane);       // shfl.sync.idx
-uint32_t shfl_xor(uint32_t mask, uint32_t value, unsigned lane_mask);   // shfl.sync.bfly
-uint32_t ballot(uint32_t mask, bool predicate);                         // vote.sync.ballot
+uint32_t shfl(uint32_t mask, uint32_t value, unsigned from_lane);      // shfl.sync.idx
+uint32_t shfl_xor(uint32_t mask, uint32_t value, unsigned lane_mask);  // shfl.sync.bfly
+uint32_t ballot(uint32_t mask, bool predicate);                        // vote.sync.ballot
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool transposed);
 enum class Half { bf16, f16 };
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Half type);

@@ -11,21 +11,20 @@ void rendezvous(uint32_t mask, const Operation& operation, void* operand) {
   Thread& self = running();
   Warp& warp = *self.warp;
   ++counters().collectives;
-  if (!(mask >> self.lane & 1))
-    fail("%s: lane %u is not in its own mask %08x", operation.name, self.lane, mask);
+  if (!(mask >> self.lane & 1)) fail("%s: lane %u is not in its own mask %08x", operation.name, self.lane, mask);
   if (mask & ~warp.alive) fail("%s: mask %08x names lanes that have ended or never were", operation.name, mask);
   Rendezvous* meeting = nullptr;
   for (int i = 0; i < warp.num_open && !meeting; ++i)
     if (warp.open[i].mask & mask) meeting = &warp.open[i];
   if (!meeting) {
-    if (warp.num_open == Warp::kMaxOpen) fail("%s: more than %d disjoint masks at once", operation.name, Warp::kMaxOpen);
+    if (warp.num_open == Warp::kMaxOpen)
+      fail("%s: more than %d disjoint masks at once", operation.name, Warp::kMaxOpen);
     meeting = &warp.open[warp.num_open++];
     meeting->mask = mask;
     meeting->arrived = 0;
     meeting->operation = &operation;
   }
-  if (meeting->mask != mask)
-    fail("%s: masks %08x and %08x overlap", operation.name, mask, meeting->mask);
+  if (meeting->mask != mask) fail("%s: masks %08x and %08x overlap", operation.name, mask, meeting->mask);
   if (meeting->operation != &operation)
     fail("divergence: lane %u is at %s while others of its warp are at %s", self.lane, operation.name,
          meeting->operation->name);
@@ -88,7 +87,8 @@ uint32_t shfl(uint32_t mask, uint32_t value, unsigned from_lane) {
 
 uint32_t shfl_xor(uint32_t mask, uint32_t value, unsigned lane_mask) {
   static const Operation operation{"shfl.bfly", [](void* const* operands, uint32_t lanes) {
-                                     exchange(operands, lanes, [](unsigned lane, unsigned bits) { return lane ^ bits; });
+                                     exchange(operands, lanes,
+                                              [](unsigned lane, unsigned bits) { return lane ^ bits; });
                                    }};
   Exchange x{value, value, lane_mask};
   rendezvous(mask, operation, &x);
@@ -96,14 +96,14 @@ uint32_t shfl_xor(uint32_t mask, uint32_t value, unsigned lane_mask) {
 }
 
 uint32_t ballot(uint32_t mask, bool predicate) {
-  static const Operation operation{
-      "vote.ballot", [](void* const* operands, uint32_t lanes) {
-        uint32_t votes = 0;
-        for (unsigned lane = 0; lane < 32; ++lane)
-          if (lanes >> lane & 1 && static_cast<Exchange*>(operands[lane])->value) votes |= 1u << lane;
-        for (unsigned lane = 0; lane < 32; ++lane)
-          if (lanes >> lane & 1) static_cast<Exchange*>(operands[lane])->result = votes;
-      }};
+  static const Operation operation{"vote.ballot", [](void* const* operands, uint32_t lanes) {
+                                     uint32_t votes = 0;
+                                     for (unsigned lane = 0; lane < 32; ++lane)
+                                       if (lanes >> lane & 1 && static_cast<Exchange*>(operands[lane])->value)
+                                         votes |= 1u << lane;
+                                     for (unsigned lane = 0; lane < 32; ++lane)
+                                       if (lanes >> lane & 1) static_cast<Exchange*>(operands[lane])->result = votes;
+                                   }};
   Exchange x{predicate, 0, 0};
   rendezvous(mask, operation, &x);
   return x.result;
@@ -168,7 +168,8 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool transposed) {
   rendezvous(kFullMask, transposed ? trans : plain, &row);
 }
 
-// ---- mma.sync.m16n8k16, 16-bit floats in, float32 out ----------------------------------------------------------------
+// ---- mma.sync.m16n8k16, 16-bit floats in, float32 out
+// ----------------------------------------------------------------
 
 namespace {
 
@@ -236,7 +237,7 @@ uint32_t f16_bits(float value) {
   if (magnitude == 0.f) return sign;
   if (magnitude >= 65520.f) return sign | 0x7c00;
   int exponent;
-  std::frexp(magnitude, &exponent);  // magnitude = m * 2^exponent, m in [0.5, 1)
+  std::frexp(magnitude, &exponent);              // magnitude = m * 2^exponent, m in [0.5, 1)
   const int ulp = std::max(exponent, -13) - 11;  // exponent of the last bit of a half
   const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, -ulp)));
   // steps counts ulps: subnormals as they are, and a carry into the exponent comes out right by itself
