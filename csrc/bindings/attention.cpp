@@ -20,8 +20,9 @@ RowStrides strides(const Tensor& t) {  // (batch, seq, heads, dim) or packed (to
   return t.dim() == 4 ? RowStrides{t.stride(0), t.stride(1), t.stride(2)} : RowStrides{0, t.stride(0), t.stride(1)};
 }
 
-const int32_t* cu_seqlens(Call& call, const Tensor& cu, int64_t total, const char* what, const char* of) {
-  call.keep.push_back(checked_offsets(cu, total, what, of));
+const int32_t* cu_seqlens(Call& call, const Tensor& cu, const Tensor& q, int64_t total, const char* what,
+                          const char* of) {
+  call.keep.push_back(checked_offsets(cu, q, total, what, of));
   return static_cast<const int32_t*>(call.keep.back().const_data_ptr());
 }
 
@@ -37,7 +38,7 @@ void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, 
   LLMCORE_CHECK(window >= 0, op, ": window is ", window, "; it must be positive, or 0 for none");
   if (sinks) {
     const std::string what = op + ": sinks";
-    check_cpu(*sinks, what.c_str());
+    check_device(*sinks, q, what.c_str());
     check_dtype(*sinks, ScalarType::Float, what.c_str());
     check_shape(*sinks, {q.size(-2)}, what.c_str());
     call.keep.push_back(dense(*sinks));
@@ -69,7 +70,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   float_dtype(q, (op + ": q").c_str());
   const std::pair<const Tensor*, const char*> tensors[] = {{&q, ": q"}, {&k, ": k"}, {&v, ": v"}};
   for (const auto& [t, name] : tensors) {
-    check_cpu(*t, (op + name).c_str());
+    check_device(*t, q, (op + name).c_str());
     check_dim(*t, packed ? 3 : 4, (op + name).c_str(), layout);
     check_same_dtype(*t, q, (op + name).c_str(), "q");
   }
@@ -80,14 +81,15 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   call.total_k = k_rows;
   int64_t longest_q = q.size(-3), longest_k = k_rows;
   if (packed) {
-    s.cu_q = cu_seqlens(call, *cu_q, call.total_q, (op + ": cu_seqlens_q").c_str(), "q");
-    s.cu_k = cu_seqlens(call, cu_k ? *cu_k : *cu_q, call.total_k, (op + ": cu_seqlens_k").c_str(), "k");
+    s.cu_q = cu_seqlens(call, *cu_q, q, call.total_q, (op + ": cu_seqlens_q").c_str(), "q");
+    s.cu_k = cu_seqlens(call, cu_k ? *cu_k : *cu_q, q, call.total_k, (op + ": cu_seqlens_k").c_str(), "k");
     s.batch = cu_q->size(0) - 1;
     LLMCORE_CHECK(!cu_k || cu_k->size(0) == cu_q->size(0), op, ": cu_seqlens_k describes ", cu_k->size(0) - 1,
                   " sequences, but cu_seqlens_q ", s.batch);
     s.total_q = call.total_q;
-    longest_q = longest_k = 0;
-    for (int64_t b = 0; b < s.batch; ++b) {
+    // On a CUDA device the lengths are not known here: a block mask must then cover as much as one could have.
+    if (q.is_cpu()) longest_q = longest_k = 0;
+    for (int64_t b = 0; q.is_cpu() && b < s.batch; ++b) {
       longest_q = std::max<int64_t>(longest_q, s.cu_q[b + 1] - s.cu_q[b]);
       longest_k = std::max<int64_t>(longest_k, s.cu_k[b + 1] - s.cu_k[b]);
     }
@@ -102,7 +104,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   set_mask(call, q, sinks, causal, window, scale, softcap, op);
   if (block_mask) {
     const std::string what = op + ": block_mask";
-    check_cpu(*block_mask, what.c_str());
+    check_device(*block_mask, q, what.c_str());
     check_dtype(*block_mask, ScalarType::Bool, what.c_str());
     check_dim(*block_mask, 4, what.c_str(), "(batch or 1, heads or 1, query blocks, key blocks)");
     LLMCORE_CHECK(block_q >= 1 && block_k >= 1, op, ": block sizes are ", block_q, " and ", block_k, "; at least 1");
@@ -124,6 +126,25 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     m.block_k = block_k;
   }
   return call;
+}
+
+// Runs a launcher with the memory it asks for: torch's allocator reuses it once the stream has passed this call.
+#ifdef LLMCORE_CUDA
+int64_t workspace(const AttentionParams& p, const cuda::Device& d) { return cuda::attention_forward_workspace(p, d); }
+int64_t workspace(const AttentionBackwardParams& p, const cuda::Device& d) {
+  return cuda::attention_backward_workspace(p, d);
+}
+#endif
+template <class Params>
+Tensor with_workspace([[maybe_unused]] Params& p, const Tensor& q) {
+#ifdef LLMCORE_CUDA
+  if (!q.is_cpu()) {
+    Tensor memory = empty(q, {workspace(p, CudaCall(q).device())}, ScalarType::Byte);
+    p.workspace = memory.mutable_data_ptr();
+    return memory;
+  }
+#endif
+  return q;
 }
 
 Tensor new_rows(const Tensor& q, int64_t rows_dim, int64_t heads, int64_t dim) {
@@ -156,7 +177,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   p.lse_batch = s.cu_q ? 0 : s.heads * s.seq_q;
   p.lse_head = s.cu_q ? call.total_q : s.seq_q;
-  cpu::attention_forward(p, torch_parallel());
+  const Tensor memory = with_workspace(p, q);
+  LLMCORE_RUN(attention_forward, q, p);
   return {out, lse};
 }
 
@@ -169,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                              block_k, "attention_backward");
   const AttentionShape& s = call.shape;
   const auto check_like_out = [&](const Tensor& t, const char* what) {
-    check_cpu(t, what);
+    check_device(t, q_in, what);
     check_same_dtype(t, q_in, what, "q");
     if (s.cu_q)
       check_shape(t, {call.total_q, s.heads, s.v_head_dim}, what);
@@ -177,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       check_shape(t, {s.batch, s.seq_q, s.heads, s.v_head_dim}, what);
   };
   const auto check_like_lse = [&](const Tensor& t, const char* what) {
-    check_cpu(t, what);
+    check_device(t, q_in, what);
     check_dtype(t, ScalarType::Float, what);
     if (s.cu_q)
       check_shape(t, {s.heads, call.total_q}, what);
@@ -218,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.dk_strides = strides(dk);
   p.dv_strides = strides(dv);
   p.dsinks = sinks ? static_cast<float*>(dsinks.mutable_data_ptr()) : nullptr;
-  cpu::attention_backward(p, torch_parallel());
+  const Tensor memory = with_workspace(p, q);
+  LLMCORE_RUN(attention_backward, q, p);
   return {dq, dk, dv, sinks ? sum_partials(dsinks, ScalarType::Float) : dsinks};
 }
 
@@ -233,13 +256,12 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   Call call;
   AttentionShape& s = call.shape;
   AttentionParams p{};
-  check_cpu(q_in, "paged_attention: q");
   check_dim(q_in, 3, "paged_attention: q", "(batch, heads, head_dim), or (total, heads, head_dim) with cu_seqlens_q");
   p.q_dtype = float_dtype(q_in, "paged_attention: q");
   p.kv_dtype = cache_dtype(k_cache, "paged_attention: k_cache");
   for (const auto& [cache, name] :
        {std::pair{&k_cache, "paged_attention: k_cache"}, {&v_cache, "paged_attention: v_cache"}}) {
-    check_cpu(*cache, name);
+    check_device(*cache, q_in, name);
     check_dim(*cache, 4, name, "(num_blocks, block_size, kv_heads, head_dim)");
     LLMCORE_CHECK(cache->size(-1) <= 1 || cache->stride(-1) == 1, name, " must be contiguous in its last dimension");
   }
@@ -250,19 +272,19 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   LLMCORE_CHECK(s.block_size >= 1, op, ": k_cache has shape ", shape_text(k_cache), "; a block holds at least 1 token");
   LLMCORE_CHECK(v_cache.size(0) == num_blocks && v_cache.size(1) == s.block_size, op, ": v_cache has shape ",
                 shape_text(v_cache), ", but k_cache has ", shape_text(k_cache), "; blocks must agree");
-  check_cpu(block_table, "paged_attention: block_table");
+  check_device(block_table, q_in, "paged_attention: block_table");
   check_dtype(block_table, ScalarType::Int, "paged_attention: block_table");
   check_dim(block_table, 2, "paged_attention: block_table", "(batch, max_blocks)");
   s.batch = block_table.size(0);
   s.total_q = q_in.size(0);
-  check_cpu(kv_lens, "paged_attention: kv_lens");
+  check_device(kv_lens, q_in, "paged_attention: kv_lens");
   check_dtype(kv_lens, ScalarType::Int, "paged_attention: kv_lens");
   check_shape(kv_lens, {s.batch}, "paged_attention: kv_lens");
   const Tensor table = dense(block_table), lens = dense(kv_lens), q = last_dim_contiguous(q_in);
   s.block_table = static_cast<const int32_t*>(table.const_data_ptr());
   s.table_stride = table.size(1);
   s.kv_lens = static_cast<const int32_t*>(lens.const_data_ptr());
-  for (int64_t b = 0; b < s.batch; ++b) {
+  for (int64_t b = 0; q.is_cpu() && b < s.batch; ++b) {  // on a CUDA device they are not looked at
     const int64_t len = s.kv_lens[b], capacity = s.table_stride * s.block_size;
     LLMCORE_CHECK(len >= 0 && len <= capacity, op, ": kv_lens[", b, "] is ", len, "; it must be between 0 and the ",
                   capacity, " tokens that ", s.table_stride, " blocks of ", s.block_size, " hold");
@@ -273,7 +295,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
     }
   }
   if (cu_q) {
-    s.cu_q = cu_seqlens(call, *cu_q, q.size(0), "paged_attention: cu_seqlens_q", "q");
+    s.cu_q = cu_seqlens(call, *cu_q, q, q.size(0), "paged_attention: cu_seqlens_q", "q");
     LLMCORE_CHECK(cu_q->size(0) == s.batch + 1, op, ": cu_seqlens_q describes ", cu_q->size(0) - 1,
                   " sequences, but block_table ", s.batch);
     p.q_strides = strides(q);
@@ -288,7 +310,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
                 dtype_name(k_cache.scalar_type()));
   const auto scales = [&](const OptTensor& t, const char* what) -> const float* {
     if (!t) return nullptr;
-    check_cpu(*t, what);
+    check_device(*t, q_in, what);
     check_dtype(*t, ScalarType::Float, what);
     check_shape(*t, {num_blocks, s.block_size, s.kv_heads}, what);
     LLMCORE_CHECK(t->is_contiguous(), what, " must be contiguous");
@@ -307,16 +329,20 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   p.v_strides = {v_cache.stride(0), v_cache.stride(1), v_cache.stride(2)};
   p.out = out.mutable_data_ptr();
   p.out_strides = cu_q ? RowStrides{0, out.stride(0), out.stride(1)} : RowStrides{out.stride(0), 0, out.stride(1)};
-  cpu::attention_forward(p, torch_parallel());
+  const Tensor memory = with_workspace(p, q);
+  LLMCORE_RUN(attention_forward, q, p);
   return out;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
+template <class Library>
+void register_kernels(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
 }
+
+}  // namespace
+
+LLMCORE_REGISTER(register_kernels)
 
 }  // namespace llmcore

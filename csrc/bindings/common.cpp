@@ -1,5 +1,7 @@
 #include "common.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <array>
 
@@ -41,6 +43,15 @@ void check_cpu(const Tensor& t, const char* what) {
   LLMCORE_CHECK(t.is_cpu(), what, " is not on the CPU, but the other tensors are; all must be on one device");
 }
 
+void check_device(const Tensor& t, const Tensor& like, const char* what) {
+  const auto place = [](const Tensor& x) -> std::string {
+    if (x.is_cpu()) return "the CPU";
+    return x.is_cuda() ? "CUDA device " + std::to_string(x.get_device()) : "another device";
+  };
+  LLMCORE_CHECK(place(t) == place(like), what, " is on ", place(t), ", but the other tensors are on ", place(like),
+                "; all must be on one device");
+}
+
 void check_same_dtype(const Tensor& t, const Tensor& like, const char* what, const char* like_what) {
   LLMCORE_CHECK(t.scalar_type() == like.scalar_type(), what, " has dtype ", dtype_name(t.scalar_type()), ", but ",
                 like_what, " has ", dtype_name(like.scalar_type()), "; they must be equal");
@@ -67,13 +78,13 @@ void check_dtype(const Tensor& t, ScalarType dtype, const char* what) {
 
 void check_like(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape, const char* what,
                 const char* like_what) {
-  check_cpu(t, what);
+  check_device(t, like, what);
   check_same_dtype(t, like, what, like_what);
   check_shape(t, shape, what);
 }
 
 void check_same_shape(const Tensor& t, const Tensor& like, const char* what, const char* like_what) {
-  check_cpu(t, what);
+  check_device(t, like, what);
   check_same_dtype(t, like, what, like_what);
   LLMCORE_CHECK(shape_text(t) == shape_text(like), what, " has shape ", shape_text(t), ", but ", like_what, " has ",
                 shape_text(like), "; they must be equal");
@@ -96,24 +107,19 @@ void check_writable(const Tensor& t, const char* what) {
   }
 }
 
-std::vector<int64_t> index_values(const Tensor& t, const char* what) {
-  check_cpu(t, what);
-  const bool wide = t.scalar_type() == ScalarType::Long;
-  LLMCORE_CHECK(wide || t.scalar_type() == ScalarType::Int, what, " has dtype ", dtype_name(t.scalar_type()),
-                "; accepted: int32, int64");
-  const Tensor values = dense(t);
-  const void* data = values.const_data_ptr();
-  const int64_t count = values.numel();
-  if (wide) return {static_cast<const int64_t*>(data), static_cast<const int64_t*>(data) + count};
-  return {static_cast<const int32_t*>(data), static_cast<const int32_t*>(data) + count};
+Tensor indices(const Tensor& t, const char* what) {
+  LLMCORE_CHECK(t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int, what, " has dtype ",
+                dtype_name(t.scalar_type()), "; accepted: int32, int64");
+  return dense(torch::stable::to(t, ScalarType::Long));
 }
 
-Tensor checked_offsets(const Tensor& t, int64_t total, const char* what, const char* of) {
-  check_cpu(t, what);
+Tensor checked_offsets(const Tensor& t, const Tensor& like, int64_t total, const char* what, const char* of) {
+  check_device(t, like, what);
   check_dtype(t, ScalarType::Int, what);
   LLMCORE_CHECK(t.dim() == 1 && t.size(0) >= 1, what, " has shape ", shape_text(t),
                 "; expected offsets (n + 1,) that start with 0");
   const Tensor result = dense(t);
+  if (!t.is_cpu()) return result;
   const int32_t* values = static_cast<const int32_t*>(result.const_data_ptr());
   const int64_t n = t.size(0);
   LLMCORE_CHECK(values[0] == 0, what, "[0] is ", values[0], "; offsets start with 0");
@@ -177,7 +183,7 @@ Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype) {
 Tensor sum_partials(const Tensor& partials, ScalarType dtype) {
   const std::array<int64_t, 1> first{0};
   const Tensor sum = torch::stable::sum(partials, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1));
-  return dtype == ScalarType::Float ? sum : torch::stable::to(sum, dtype);  // summed in float32, rounded once
+  return sum.scalar_type() == dtype ? sum : torch::stable::to(sum, dtype);  // rounded once
 }
 
 Parallel torch_parallel() {
@@ -188,5 +194,32 @@ Parallel torch_parallel() {
             });
           }};
 }
+
+#ifdef LLMCORE_CUDA
+namespace {
+
+// torch's current stream of a CUDA device. Looked up at run time: a torch without CUDA has no such function, and the
+// device-generic one gives its native handle from 2.13 on only.
+void* current_stream(int device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  LLMCORE_CHECK(function, "this torch has no CUDA streams; llmcore's CUDA kernels need a torch built for CUDA");
+  void* stream = nullptr;
+  LLMCORE_CHECK(function(device, &stream) == 0, "torch gave no current stream for CUDA device ", device);
+  return stream;
+}
+
+}  // namespace
+
+CudaCall::CudaCall(const Tensor& like) : like_(like), guard_(like.get_device()), device_{} {
+  device_.stream = current_stream(like.get_device());
+  check(cuda::describe(like.get_device(), device_), "device");
+}
+
+void CudaCall::check(cuda::Status status, const char* kernel) const {
+  LLMCORE_CHECK(!status, kernel, " of a tensor of shape ", shape_text(like_), " on CUDA device ", like_.get_device(),
+                ": ", status);
+}
+#endif
 
 }  // namespace llmcore

@@ -6,9 +6,16 @@ namespace llmcore {
 namespace {
 
 void check_alpha(const Tensor& alpha, const Tensor& x, const char* what) {
-  check_cpu(alpha, what);
+  check_device(alpha, x, what);
   check_same_dtype(alpha, x, what, "x");
   LLMCORE_CHECK(alpha.numel() == 1, what, " has shape ", shape_text(alpha), "; expected one element");
+}
+
+// (partials, *alpha's shape)
+Tensor zeros_per_partial(const Tensor& alpha, int64_t partials) {
+  std::vector<int64_t> shape{partials};
+  for (int64_t d = 0; d < alpha.dim(); ++d) shape.push_back(1);
+  return torch::stable::new_zeros(alpha, {shape.data(), shape.size()}, ScalarType::Double);
 }
 
 Tensor dyt(const Tensor& x, const Tensor& alpha, const Tensor& weight, const OptTensor& bias) {
@@ -28,7 +35,7 @@ Tensor dyt(const Tensor& x, const Tensor& alpha, const Tensor& weight, const Opt
               w.const_data_ptr(),
               bias ? b.const_data_ptr() : nullptr,
               y.mutable_data_ptr()};
-  if (rows.dim > 0) cpu::dyt_forward(p, torch_parallel());
+  if (rows.dim > 0) LLMCORE_RUN(dyt_forward, x, p);
   return y;
 }
 
@@ -42,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_backward(const Tensor& dy, const 
   const Rows dy_rows = as_rows(dy);
   const Tensor w = dense(weight);
   const int64_t partials = num_partials(rows.rows);
-  Tensor dx = empty_same_shape(x), dalpha = zeros(x, {partials}, ScalarType::Double);
+  Tensor dx = empty_same_shape(x), dalpha = zeros_per_partial(alpha, partials);
   Tensor dweight = zeros(x, {partials, rows.dim}, ScalarType::Float);
   Tensor dbias = zeros(x, {partials, has_bias ? rows.dim : 0}, ScalarType::Float);
   DytBackwardParams p{dtype,
@@ -58,19 +65,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_backward(const Tensor& dy, const 
                       static_cast<double*>(dalpha.mutable_data_ptr()),
                       static_cast<float*>(dweight.mutable_data_ptr()),
                       has_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr};
-  if (rows.dim > 0) cpu::dyt_backward(p, torch_parallel());
-  double total = 0;
-  for (int64_t i = 0; i < partials; ++i) total += p.dalpha_partial[i];
-  Tensor alpha_gradient = empty_same_shape(alpha);
-  torch::stable::fill_(alpha_gradient, total);
-  return {dx, alpha_gradient, sum_partials(dweight, weight.scalar_type()), sum_partials(dbias, weight.scalar_type())};
+  if (rows.dim > 0) LLMCORE_RUN(dyt_backward, x, p);
+  return {dx, sum_partials(dalpha, alpha.scalar_type()), sum_partials(dweight, weight.scalar_type()),
+          sum_partials(dbias, weight.scalar_type())};
+}
+
+template <class Library>
+void register_kernels(Library& m) {
+  m.impl("dyt", TORCH_BOX(&dyt));
+  m.impl("dyt_backward", TORCH_BOX(&dyt_backward));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
-  m.impl("dyt", TORCH_BOX(&dyt));
-  m.impl("dyt_backward", TORCH_BOX(&dyt_backward));
-}
+LLMCORE_REGISTER(register_kernels)
 
 }  // namespace llmcore

@@ -20,7 +20,7 @@ Tensor glu(const Tensor& gate, const Tensor& up, Activation activation, const ch
   GluParams p{
       dtype,    activation,          g.rows, g.dim, g.tensor.const_data_ptr(), g.stride, u.tensor.const_data_ptr(),
       u.stride, y.mutable_data_ptr()};
-  if (g.dim > 0) cpu::glu_forward(p, torch_parallel());
+  if (g.dim > 0) LLMCORE_RUN(glu_forward, gate, p);
   return y;
 }
 
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> glu_backward(const Tensor& dy, const Tensor& gate, co
                       u.stride,
                       dgate.mutable_data_ptr(),
                       dup.mutable_data_ptr()};
-  if (g.dim > 0) cpu::glu_backward(p, torch_parallel());
+  if (g.dim > 0) LLMCORE_RUN(glu_backward, gate, p);
   return {dgate, dup};
 }
 
@@ -64,13 +64,16 @@ std::tuple<Tensor, Tensor> geglu_backward(const Tensor& dy, const Tensor& gate, 
   return glu_backward(dy, gate, up, gelu_form(approximate), "geglu_backward");
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
+template <class Library>
+void register_kernels(Library& m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
   m.impl("geglu", TORCH_BOX(&geglu));
   m.impl("geglu_backward", TORCH_BOX(&geglu_backward));
 }
+
+}  // namespace
+
+LLMCORE_REGISTER(register_kernels)
 
 }  // namespace llmcore

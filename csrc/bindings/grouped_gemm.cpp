@@ -7,7 +7,7 @@ namespace {
 
 Tensor expert_offsets(const Tensor& offsets, int64_t num_experts, int64_t rows, const char* what) {
   check_shape(offsets, {num_experts + 1}, what);
-  return checked_offsets(offsets, rows, what, "x_sorted");
+  return checked_offsets(offsets, offsets, rows, what, "x_sorted");
 }
 
 // weight (num_experts, n, k), walked by its strides when n or k is contiguous.

@@ -22,9 +22,13 @@ CacheSide side(const Tensor& source, const Tensor& cache, const OptTensor& scale
   return s;
 }
 
-std::vector<int64_t> check_slots(const Tensor& slot_mapping, int64_t tokens, int64_t slots) {
+// The slots as dense int64. On a CUDA device they are not looked at.
+Tensor check_slots(const Tensor& slot_mapping, const Tensor& k, int64_t tokens, int64_t slots) {
   check_shape(slot_mapping, {tokens}, "kv_cache_write: slot_mapping");
-  std::vector<int64_t> values = index_values(slot_mapping, "kv_cache_write: slot_mapping");
+  check_device(slot_mapping, k, "kv_cache_write: slot_mapping");
+  const Tensor mapping = indices(slot_mapping, "kv_cache_write: slot_mapping");
+  if (!mapping.is_cpu()) return mapping;
+  const IndexValues values = values_of(mapping);
   bool rising = true;
   int64_t previous = -1;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -35,23 +39,22 @@ std::vector<int64_t> check_slots(const Tensor& slot_mapping, int64_t tokens, int
     previous = values[t];
   }
   if (!rising) {  // which of two tokens in one slot would win is anyone's guess
-    std::vector<int64_t> sorted(values);
+    std::vector<int64_t> sorted(values.data, values.data + values.size);
     std::sort(sorted.begin(), sorted.end());
     for (int64_t t = 1; t < tokens; ++t)
       LLMCORE_CHECK(sorted[t] == -1 || sorted[t] != sorted[t - 1], "kv_cache_write: slot ", sorted[t],
                     " is given to more than one token; every slot but -1 may occur once");
   }
-  return values;
+  return mapping;
 }
 
 void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& slot_mapping, const OptTensor& k_scale, const OptTensor& v_scale) {
   const DType dtype = float_dtype(k, "kv_cache_write: k");
-  check_cpu(k, "kv_cache_write: k");
   check_dim(k, 3, "kv_cache_write: k", "(tokens, kv_heads, head_dim)");
   check_dim(v, 3, "kv_cache_write: v", "(tokens, kv_heads, v_head_dim)");
   check_like(v, k, {k.size(0), k.size(1), v.size(2)}, "kv_cache_write: v", "k");
-  check_cpu(k_cache, "kv_cache_write: k_cache");
+  check_device(k_cache, k, "kv_cache_write: k_cache");
   const bool int8 = k_cache.scalar_type() == ScalarType::Char;
   LLMCORE_CHECK(int8 || k_cache.scalar_type() == ScalarType::Float || k_cache.scalar_type() == ScalarType::BFloat16 ||
                     k_cache.scalar_type() == ScalarType::Half,
@@ -69,26 +72,31 @@ void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, con
                   int8 ? "" : "the cache has dtype ", int8 ? "" : dtype_name(k_cache.scalar_type()),
                   int8 ? "" : "; only an int8 cache has scales");
     if (!int8) continue;
-    check_cpu(**scale, what);
+    check_device(**scale, k, what);
     check_dtype(**scale, ScalarType::Float, what);
     check_shape(**scale, {blocks, block_size, k.size(1)}, what);
     check_writable(**scale, what);
   }
-  const std::vector<int64_t> slots = check_slots(slot_mapping, k.size(0), blocks * block_size);
+  const Tensor slots = check_slots(slot_mapping, k, k.size(0), blocks * block_size);
   const Tensor k_rows = last_dim_contiguous(k), v_rows = last_dim_contiguous(v);
   KvCacheWriteParams p{dtype,
                        int8 ? DType::i8 : float_dtype(k_cache, "kv_cache_write: k_cache"),
                        k.size(0),
                        k.size(1),
                        block_size,
-                       slots.data(),
+                       static_cast<const int64_t*>(slots.const_data_ptr()),
                        side(k_rows, k_cache, k_scale),
                        side(v_rows, v_cache, v_scale)};
-  cpu::kv_cache_write(p, torch_parallel());
+  LLMCORE_RUN(kv_cache_write, k, p);
+}
+
+template <class Library>
+void register_kernels(Library& m) {
+  m.impl("kv_cache_write", TORCH_BOX(&kv_cache_write));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { m.impl("kv_cache_write", TORCH_BOX(&kv_cache_write)); }
+LLMCORE_REGISTER(register_kernels)
 
 }  // namespace llmcore

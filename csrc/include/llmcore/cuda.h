@@ -14,6 +14,10 @@ struct Device {
 // never wait for it, so that they can be captured in a CUDA graph.
 using Status = const char*;
 
+// Makes device `index` current for this library's copy of the CUDA runtime, and fills in what does not depend on a
+// call.
+Status describe(int index, Device& device);
+
 }  // namespace cuda
 }  // namespace llmcore
 
