@@ -235,7 +235,9 @@ class Trainer:
             if hasattr(self.model, "update_expert_bias"):
                 self.model.update_expert_bias(load)
             load = load.float()
+            # per layer: the fullest expert, and the emptiest, which shows one that no token reaches
             result["expert_load_max_over_mean"] = (load.amax(-1) / load.mean(-1)).tolist()
+            result["expert_load_min_over_mean"] = (load.amin(-1) / load.mean(-1)).tolist()
         rate = tokens / (time.perf_counter() - started)
         smooth = 0.9 if self._tokens_per_second else 0.0
         self._tokens_per_second = smooth * self._tokens_per_second + (1 - smooth) * rate

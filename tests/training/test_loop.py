@@ -210,6 +210,7 @@ def test_expert_load_is_logged_and_the_bias_updated_once_per_step(tmp_path):
     record = next(r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train")
     first = updates[0].float()
     assert record["expert_load_max_over_mean"] == pytest.approx((first.amax(-1) / first.mean(-1)).tolist())
+    assert record["expert_load_min_over_mean"] == pytest.approx((first.amin(-1) / first.mean(-1)).tolist())
 
 
 def test_time_budget_ends_the_run_and_drives_the_schedule(tmp_path, monkeypatch):
