@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -130,6 +130,7 @@ register(
         reference=reference.swiglu,
         torch_ops=("swiglu", "swiglu_backward"),
         samples=_swiglu_samples,
+        dtypes=CPU_AND_CUDA,
         features=("strided halves", "backward"),
         benchmarks=_benchmarks,
         peer=lambda gate, up: torch.nn.functional.silu(gate) * up,
@@ -143,6 +144,7 @@ register(
         reference=reference.geglu,
         torch_ops=("geglu", "geglu_backward"),
         samples=_geglu_samples,
+        dtypes=CPU_AND_CUDA,
         features=("tanh or erf", "strided halves", "backward"),
         benchmarks=_benchmarks,
         peer=lambda gate, up, approximate="tanh": torch.nn.functional.gelu(gate, approximate=approximate) * up,

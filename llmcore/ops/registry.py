@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+CPU_AND_CUDA = {"cpu": FLOATS, "cuda": FLOATS}
 BACKENDS = ("auto", "kernel", "reference")
 
 
@@ -134,15 +136,35 @@ def backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def _kernel_refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+def _kernel_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None when a kernel serves op `name` on `device` in `dtype`, else why not."""
     spec = registry[name]
-    served = spec.dtypes.get(device)
+    served = spec.dtypes.get(device.type)
     if served is None:
-        return f"there is no {device} kernel of {name}; kernels: {', '.join(spec.dtypes)}"
+        return f"there is no {device.type} kernel of {name}; kernels: {', '.join(spec.dtypes)}"
     if dtype not in served:
-        return f"the {device} kernel of {name} serves {', '.join(map(_short, served))}, not {_short(dtype)}"
-    return None
+        return f"the {device.type} kernel of {name} serves {', '.join(map(_short, served))}, not {_short(dtype)}"
+    return _cuda_refusal(device) if device.type == "cuda" else None
+
+
+def _cuda_refusal(device: torch.device) -> str | None:
+    """None when this build holds CUDA kernels that run on `device`, else why not and what to do."""
+    from llmcore import _C
+
+    built = _C.build_info()["cuda"]  # "sm_80 sm_90a", or why there are none
+    if not built.startswith("sm_"):
+        return f"this build holds no CUDA kernels: {built}. LLMCORE_CUDA=on pip install . builds them"
+    major, minor = torch.cuda.get_device_capability(device)
+    gpu = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    if major < 8:
+        return f"{gpu} is too old for the CUDA kernels, which need sm_80"
+    for architecture in built.replace("sm_", "").split():
+        # an "a" architecture is for itself alone; others carry PTX, which serves all later ones
+        own = architecture.endswith("a") and architecture[:-1] == f"{major}{minor}"
+        if own or (architecture.isdecimal() and int(architecture) <= 10 * major + minor):
+            return None
+    rebuild = f"LLMCORE_CMAKE_ARGS=-DLLMCORE_CUDA_ARCHITECTURES={major}{minor} LLMCORE_CUDA=on pip install ."
+    return f"the CUDA kernels of this build are for {built}, not for {gpu}; {rebuild} builds them for it"
 
 
 _decisions: dict[tuple[str, str, torch.dtype], bool] = {}  # (op, device, dtype) -> is a kernel there?
@@ -161,7 +183,7 @@ def use_kernel(name: str, x: Tensor) -> bool:
         if x.dtype not in (*FLOATS, torch.float64):
             accepted = ", ".join(map(_short, (*FLOATS, torch.float64)))
             raise TypeError(f"{name}: the input has dtype {_short(x.dtype)}; accepted: {accepted}")
-        refusal = _kernel_refusal(*key)
+        refusal = _kernel_refusal(name, x.device, x.dtype)
         if refusal and _override == "kernel":
             raise RuntimeError(refusal)
         if refusal and x.dtype != torch.float64:
@@ -174,7 +196,7 @@ def explain(name: str, x: Tensor) -> str:
     """Which backend `llmcore.ops.<name>` takes for an argument like `x`, and why not the others."""
     if name not in registry:
         raise ValueError(f"no op is called {name!r}; ops: {', '.join(sorted(registry))}")
-    refusal = _kernel_refusal(name, x.device.type, x.dtype)
+    refusal = _kernel_refusal(name, x.device, x.dtype)
     lines = []
     if _override == "reference":
         lines.append(f"{name}: reference, because of llmcore.backend('reference')")

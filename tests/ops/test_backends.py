@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 
 import llmcore
 from llmcore import ops
-from llmcore.ops.registry import _decisions
+from llmcore.ops.registry import _decisions, _kernel_refusal
 
 
 def test_backend_override_and_explanation():
@@ -60,6 +61,34 @@ def test_forward_mode_is_refused_by_kernels_and_served_by_the_reference():
         _, actual = torch.func.jvp(f, (x,), (tangent,))
         expected = (f(x + 1e-3 * tangent) - f(x - 1e-3 * tangent)) / 2e-3
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "refusal"),
+    [
+        (
+            "none (nvcc was not found)",
+            (9, 0),
+            "no CUDA kernels: none .nvcc was not found.*LLMCORE_CUDA=on",
+        ),
+        ("sm_80 sm_90a", (7, 5), "GPU .sm_75. is too old for the CUDA kernels, which need sm_80"),
+        (
+            "sm_90a",
+            (8, 0),
+            "for sm_90a, not for GPU .sm_80.; .*ARCHITECTURES=80 LLMCORE_CUDA=on pip install . builds",
+        ),
+        ("sm_90a", (10, 0), "not for GPU .sm_100."),
+        ("sm_80 sm_90a", (8, 6), None),
+        ("sm_80 sm_90a", (12, 0), None),
+        ("sm_90a", (9, 0), None),
+    ],
+)
+def test_cuda_kernels_are_refused_where_they_would_not_run(monkeypatch, built, capability, refusal):
+    monkeypatch.setattr(llmcore._C, "build_info", lambda: {"cuda": built})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    text = _kernel_refusal("swiglu", torch.device("cuda"), torch.bfloat16)
+    assert text is None if refusal is None else re.search(refusal, text)
 
 
 def test_paged_attention_has_no_gradient():

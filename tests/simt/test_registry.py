@@ -8,7 +8,6 @@ import torch
 
 import llmcore
 from llmcore.ops import registry
-from llmcore.ops.registry import FLOATS
 from tests.ops.checks import check_sample
 
 EMULATED = "cuda_emulated"
@@ -16,11 +15,7 @@ pytestmark = pytest.mark.skipif(
     EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)"
 )
 
-# op -> the dtypes its CUDA kernel serves
-CUDA_OPS = {
-    "geglu": FLOATS,
-    "swiglu": FLOATS,
-}
+CUDA_OPS = {name: spec.dtypes["cuda"] for name, spec in registry.items() if "cuda" in spec.dtypes}
 # (schedule, copies): the least and the most orderly, and one that runs some warps far ahead
 MODES = [("round_robin", "late"), ("priorities", "early"), ("random", "random")]
 
