@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(
 # op -> the dtypes its CUDA kernel serves
 CUDA_OPS = {
     "geglu": FLOATS,
+    "layer_norm": FLOATS,
+    "rms_norm": FLOATS,
     "swiglu": FLOATS,
 }
 # (schedule, copies): the least and the most orderly, and one that runs some warps far ahead
