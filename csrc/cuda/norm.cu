@@ -13,8 +13,11 @@ namespace {
 constexpr int kForwardThreads = 256;
 // A block of kSumRows rows is one CTA's work, and there may be fewer blocks than multiprocessors: large CTAs.
 constexpr int kBackwardThreads = 512;
-// Elements a thread keeps of each operand. Backward also keeps the sums of its columns, in float32.
-constexpr int kBackwardHeld = 16;
+// Elements that a thread keeps of each operand: two times 16 bytes of 16-bit elements, and as many registers' worth of
+// others, of which each takes one (and where they are read one by one, an address). Backward keeps the sums of its
+// columns besides.
+template <int Width>
+constexpr int kHeld = Width == 8 ? 16 : 8;
 
 template <class T, int Width>
 PTX_DEVICE Packed<T, Width> sum(const Packed<T, Width>& a, const Packed<T, Width>& b) {
@@ -28,7 +31,7 @@ PTX_DEVICE Packed<T, Width> sum(const Packed<T, Width>& a, const Packed<T, Width
 
 // Centred: layer normalisation. Not: RMS normalisation, whose mean stays 0 and which has no bias.
 template <class T, bool Centred, int Width, int Size, int Held>
-__global__ void __launch_bounds__(kForwardThreads) forward(NormParams p) {
+__global__ void __launch_bounds__(kForwardThreads, 2) forward(NormParams p) {
   using Mine = Team<Size, Width, Held>;
   using Chunk = Packed<T, Width>;
   constexpr int64_t kTeams = kForwardThreads / Size;
@@ -92,8 +95,8 @@ __global__ void __launch_bounds__(kForwardThreads) forward(NormParams p) {
     for_row([&](int64_t column, const Chunk& chunk) {
       float v[Width], w[Width], b[Width] = {};
       unpack(chunk, v);
-      load_constant(weight + column, w);
-      if (Centred && bias) load_constant(bias + column, b);
+      load_cached(weight + column, w);
+      if (Centred && bias) load_cached(bias + column, b);
 #pragma unroll
       for (int i = 0; i < Width; ++i) v[i] = (v[i] - mean) * rstd * w[i] + b[i];
       store(y + column, v);
@@ -105,10 +108,10 @@ __global__ void __launch_bounds__(kForwardThreads) forward(NormParams p) {
 // when not centred; dweight = sum_rows dy * xhat; dbias = sum_rows dy. The teams of a CTA share a block of kSumRows
 // rows; each sums the columns it holds over its rows, then the CTA over its teams.
 template <class T, bool Centred, int Width, int Size>
-__global__ void __launch_bounds__(kBackwardThreads) backward(NormBackwardParams p) {
-  using Mine = Team<Size, Width, kBackwardHeld>;
+__global__ void __launch_bounds__(kBackwardThreads, 1) backward(NormBackwardParams p) {
+  using Mine = Team<Size, Width, kHeld<Width>>;
   using Chunk = Packed<T, Width>;
-  using Columns = ColumnSums<kBackwardThreads, Size, Width, kBackwardHeld>;
+  using Columns = ColumnSums<kBackwardThreads, Size, Width, kHeld<Width>>;
   constexpr int kTeams = kBackwardThreads / Size;
   static_assert(kSumRows % kTeams == 0);
   PTX_SHARED_MEMORY(shared);
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward(NormBackwardParams 
         float d[Width], v[Width], w[Width];
         unpack(dy_chunk, d);
         unpack(z_chunk, v);
-        load_constant(weight + column, w);
+        load_cached(weight + column, w);
 #pragma unroll
         for (int i = 0; i < Width; ++i) {
           const float g = ptx::product(d[i], w[i]);
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward(NormBackwardParams 
         unpack(dy_chunk, d);
         unpack(z_chunk, v);
         unpack(dz_chunk, other);
-        load_constant(weight + column, w);
+        load_cached(weight + column, w);
 #pragma unroll
         for (int i = 0; i < Width; ++i) {
           const float xhat = (v[i] - mean) * rstd;
@@ -197,27 +200,29 @@ Status start(const NormParams& p, const Device& device) {
                 kForwardThreads, kBytes, device, p);
 }
 
-// The smallest team that holds the row. The largest holds 8192 elements; longer rows are read again for the rest.
+// The smallest team that holds the row. The largest holds 8192 elements (4096 in float32, or read one by one); what a
+// longer row has beyond is read again.
 template <class T, bool Centred, int Width>
 Status with_team(const NormParams& p, const Device& device) {
-  if (p.dim <= 16 * 16) return start<T, Centred, Width, 16, 16>(p, device);
-  if (p.dim <= 32 * 32) return start<T, Centred, Width, 32, 32>(p, device);
-  if (p.dim <= 256 * 16) return start<T, Centred, Width, 256, 16>(p, device);
-  return start<T, Centred, Width, 256, 32>(p, device);
+  constexpr int kFew = kHeld<Width>, kMany = 2 * kFew;
+  if (p.dim <= 16 * kFew) return start<T, Centred, Width, 16, kFew>(p, device);
+  if (p.dim <= 32 * kMany) return start<T, Centred, Width, 32, kMany>(p, device);
+  if (p.dim <= 256 * kFew) return start<T, Centred, Width, 256, kFew>(p, device);
+  return start<T, Centred, Width, 256, kMany>(p, device);
 }
 
 template <class T, bool Centred, int Width, int Size>
 Status start(const NormBackwardParams& p, const Device& device) {
   constexpr int kBytes =
-      ColumnSums<kBackwardThreads, Size, Width, kBackwardHeld>::kBytes + TeamSum<kBackwardThreads, Size, 2>::kBytes;
+      ColumnSums<kBackwardThreads, Size, Width, kHeld<Width>>::kBytes + TeamSum<kBackwardThreads, Size, 2>::kBytes;
   return launch(backward<T, Centred, Width, Size>, {grid_size((p.rows + kSumRows - 1) / kSumRows, device)},
                 kBackwardThreads, kBytes, device, p);
 }
 
 template <class T, bool Centred, int Width>
 Status with_team(const NormBackwardParams& p, const Device& device) {
-  if (p.dim <= 16 * kBackwardHeld) return start<T, Centred, Width, 16>(p, device);
-  if (p.dim <= 128 * kBackwardHeld) return start<T, Centred, Width, 128>(p, device);
+  if (p.dim <= 16 * kHeld<Width>) return start<T, Centred, Width, 16>(p, device);
+  if (p.dim <= 128 * kHeld<Width>) return start<T, Centred, Width, 128>(p, device);
   return start<T, Centred, Width, 512>(p, device);
 }
 

@@ -59,10 +59,12 @@ PTX_DEVICE Vec16 load_global_16(const void* p) {  // read once: around L1
                : "memory");
   return v;
 }
-PTX_DEVICE Vec16
-load_constant_16(const void* p) {  // no thread writes it while the kernel runs: kept in L1, moved freely
+PTX_DEVICE Vec16 load_cached_16(const void* p) {  // read by many threads: through L1
   Vec16 v;
-  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3]) : "l"(p));
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3])
+               : "l"(p)
+               : "memory");
   return v;
 }
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) {
@@ -171,7 +173,7 @@ PTX_DEVICE float from_bits(uint32_t x) {
 
 PTX_DEVICE uint32_t shared_address(const void* p) { return simt::shared_address(p); }
 PTX_DEVICE Vec16 load_global_16(const void* p) { return *simt::aligned<const Vec16>(p); }
-PTX_DEVICE Vec16 load_constant_16(const void* p) { return *simt::aligned<const Vec16>(p); }
+PTX_DEVICE Vec16 load_cached_16(const void* p) { return *simt::aligned<const Vec16>(p); }
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
 

@@ -30,17 +30,17 @@ struct Team {
   // f(chunk, column), chunk a constant in [0, kChunks) after unrolling
   template <class F>
   PTX_DEVICE void held(int64_t dim, const F& f) {
-    const int lane = static_cast<int>(threadIdx.x) % Size;
+    const int64_t first = threadIdx.x % Size * Width;  // 64 bits throughout: chunks become offsets in the instructions
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk)
-      if (const int64_t column = (chunk * Size + lane) * Width; column < dim) f(chunk, column);
+      if (const int64_t column = first + int64_t{chunk * Size * Width}; column < dim) f(chunk, column);
   }
 
   // f(column)
   template <class F>
   PTX_DEVICE void rest(int64_t dim, const F& f) {
-    const int lane = static_cast<int>(threadIdx.x) % Size;
-    for (int64_t column = kColumns + lane * Width; column < dim; column += Size * Width) f(column);
+#pragma unroll 1  // rare: not worth the registers
+    for (int64_t column = kColumns + threadIdx.x % Size * Width; column < dim; column += Size * Width) f(column);
   }
 };
 

@@ -56,15 +56,15 @@ PTX_DEVICE Packed<T, Width> fetch(const T* p) {
   }
 }
 
-// For data that many threads read and none writes while the kernel runs: through L1.
+// For data that many threads read: through L1. Cheaper to fetch again than to keep in registers.
 template <int Width, class T>
-PTX_DEVICE Packed<T, Width> fetch_constant(const T* p) {
+PTX_DEVICE Packed<T, Width> fetch_cached(const T* p) {
   if constexpr (Width == 1) {
     return {*p};
   } else {
     Packed<T, Width> x;
 #pragma unroll
-    for (int i = 0; i < Width / kVector<T>; ++i) x.vectors[i] = ptx::load_constant_16(p + i * kVector<T>);
+    for (int i = 0; i < Width / kVector<T>; ++i) x.vectors[i] = ptx::load_cached_16(p + i * kVector<T>);
     return x;
   }
 }
@@ -120,8 +120,8 @@ PTX_DEVICE void load(const T* p, float (&x)[Width]) {
   unpack(fetch<Width>(p), x);
 }
 template <class T, int Width>
-PTX_DEVICE void load_constant(const T* p, float (&x)[Width]) {
-  unpack(fetch_constant<Width>(p), x);
+PTX_DEVICE void load_cached(const T* p, float (&x)[Width]) {
+  unpack(fetch_cached<Width>(p), x);
 }
 template <class T, int Width>
 PTX_DEVICE void store(T* p, const float (&x)[Width]) {
