@@ -59,6 +59,14 @@ PTX_DEVICE Vec16 load_global_16(const void* p) {  // read once: around L1
                : "memory");
   return v;
 }
+PTX_DEVICE Vec16 load_cached_16(const void* p) {  // read by many threads: through L1
+  Vec16 v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3])
+               : "l"(p)
+               : "memory");
+  return v;
+}
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3])
                : "memory");
@@ -90,6 +98,12 @@ PTX_DEVICE float tanh_approx(float x) {  // relative error 2^-11: for values tha
   return y;
 }
 PTX_DEVICE float rsqrt(float x) { return rsqrtf(x); }
+PTX_DEVICE float reciprocal(float x) {  // relative error 2^-23
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+PTX_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself: never fused into an fma
 PTX_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -159,6 +173,7 @@ PTX_DEVICE float from_bits(uint32_t x) {
 
 PTX_DEVICE uint32_t shared_address(const void* p) { return simt::shared_address(p); }
 PTX_DEVICE Vec16 load_global_16(const void* p) { return *simt::aligned<const Vec16>(p); }
+PTX_DEVICE Vec16 load_cached_16(const void* p) { return *simt::aligned<const Vec16>(p); }
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
 
@@ -173,6 +188,12 @@ PTX_DEVICE uint32_t ballot(bool predicate) { return simt::ballot(kFullMask, pred
 PTX_DEVICE float exp2(float x) { return x < -126.f ? 0.f : ::exp2f(x); }
 PTX_DEVICE float tanh_approx(float x) { return ::tanhf(x); }
 PTX_DEVICE float rsqrt(float x) { return 1.f / ::sqrtf(x); }
+PTX_DEVICE float reciprocal(float x) { return 1.f / x; }
+PTX_DEVICE float product(float x, float y) {
+  float xy = x * y;
+  asm("" : "+x"(xy));  // hidden from a compiler that would fuse it
+  return xy;
+}
 PTX_DEVICE uint32_t bf16_bits(float x) {
   const uint32_t u = bits(x);
   if (x != x) return 0x7fff;

@@ -1,4 +1,4 @@
-// 16 bytes of elements at a time, as floats.
+// Elements 16 bytes at a time, as memory holds them and as floats.
 #pragma once
 #include "ptx.cuh"
 
@@ -28,42 +28,104 @@ PTX_DEVICE float rounded_to(float x) {
   return to_float(from_float<T>(x));
 }
 
-// Width elements from p on: one 16-byte access when Width elements are 16 bytes, else one by one.
 template <class T>
-constexpr int kVector = 16 / sizeof(T);
+constexpr int kVector = 16 / sizeof(T);  // elements in 16 bytes
 
+// Width elements as memory holds them: a multiple of 16 bytes, accessed 16 at a time, or a single element. In registers
+// they take half the room of floats when T has 16 bits, and nothing waits for a load until they are unpacked.
 template <class T, int Width>
-PTX_DEVICE void load(const T* p, float (&x)[Width]) {
-  if constexpr (Width == kVector<T>) {
-    const ptx::Vec16 v = ptx::load_global_16(p);
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = ptx::from_bits(v.x[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < Width; ++i) x[i] = to_float(T{static_cast<uint16_t>(v.x[i / 2] >> 16 * (i % 2))});
-    }
+struct Packed {
+  static_assert(Width % kVector<T> == 0);
+  ptx::Vec16 vectors[Width / kVector<T>];
+};
+template <class T>
+struct Packed<T, 1> {
+  T element;
+};
+
+// For data that is read once, around L1.
+template <int Width, class T>
+PTX_DEVICE Packed<T, Width> fetch(const T* p) {
+  if constexpr (Width == 1) {
+    return {*p};
   } else {
+    Packed<T, Width> x;
 #pragma unroll
-    for (int i = 0; i < Width; ++i) x[i] = to_float(p[i]);
+    for (int i = 0; i < Width / kVector<T>; ++i) x.vectors[i] = ptx::load_global_16(p + i * kVector<T>);
+    return x;
+  }
+}
+
+// For data that many threads read: through L1. Cheaper to fetch again than to keep in registers.
+template <int Width, class T>
+PTX_DEVICE Packed<T, Width> fetch_cached(const T* p) {
+  if constexpr (Width == 1) {
+    return {*p};
+  } else {
+    Packed<T, Width> x;
+#pragma unroll
+    for (int i = 0; i < Width / kVector<T>; ++i) x.vectors[i] = ptx::load_cached_16(p + i * kVector<T>);
+    return x;
   }
 }
 
 template <class T, int Width>
-PTX_DEVICE void store(T* p, const float (&x)[Width]) {
-  if constexpr (Width == kVector<T>) {
-    ptx::Vec16 v;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if constexpr (sizeof(T) == 4)
-        v.x[i] = ptx::bits(x[i]);
-      else
-        v.x[i] = pack2(T{}, x[2 * i], x[2 * i + 1]);
-    ptx::store_global_16(p, v);
+PTX_DEVICE void put(T* p, const Packed<T, Width>& x) {
+  if constexpr (Width == 1) {
+    *p = x.element;
   } else {
 #pragma unroll
-    for (int i = 0; i < Width; ++i) p[i] = from_float<T>(x[i]);
+    for (int i = 0; i < Width / kVector<T>; ++i) ptx::store_global_16(p + i * kVector<T>, x.vectors[i]);
   }
+}
+
+template <class T, int Width>
+PTX_DEVICE void unpack(const Packed<T, Width>& packed, float (&x)[Width]) {
+  if constexpr (Width == 1) {
+    x[0] = to_float(packed.element);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) {
+      const int at = i % kVector<T>;
+      const ptx::Vec16& v = packed.vectors[i / kVector<T>];
+      if constexpr (sizeof(T) == 4)
+        x[i] = ptx::from_bits(v.x[at]);
+      else
+        x[i] = to_float(T{static_cast<uint16_t>(v.x[at / 2] >> 16 * (at % 2))});
+    }
+  }
+}
+
+template <class T, int Width>
+PTX_DEVICE Packed<T, Width> pack(const float (&x)[Width]) {
+  if constexpr (Width == 1) {
+    return {from_float<T>(x[0])};
+  } else {
+    Packed<T, Width> packed;
+    constexpr int kPerWord = 4 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < Width; i += kPerWord) {
+      uint32_t& word = packed.vectors[i / kVector<T>].x[i % kVector<T> / kPerWord];
+      if constexpr (sizeof(T) == 4)
+        word = ptx::bits(x[i]);
+      else
+        word = pack2(T{}, x[i], x[i + 1]);
+    }
+    return packed;
+  }
+}
+
+template <class T, int Width>
+PTX_DEVICE void load(const T* p, float (&x)[Width]) {
+  unpack(fetch<Width>(p), x);
+}
+template <class T, int Width>
+PTX_DEVICE void load_cached(const T* p, float (&x)[Width]) {
+  unpack(fetch_cached<Width>(p), x);
+}
+template <class T, int Width>
+PTX_DEVICE void store(T* p, const float (&x)[Width]) {
+  put(p, pack<T>(x));
 }
 
 // Whether every row of (rows, dim) elements at p, `stride` apart, can be read 16 bytes at a time. Null pointers can.

@@ -1,0 +1,45 @@
+"""Row lengths that the registry's samples, which are small, leave out: one for every team of threads that
+csrc/cuda/norm.cu and dyt.cu give a row to, and rows that no team can hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llmcore
+from llmcore.ops import Sample, registry
+from llmcore.ops.registry import FLOATS
+from tests.ops.checks import check_sample
+from tests.simt.test_registry import EMULATED, emulated  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.skipif(
+    EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)"
+)
+# Multiples of 8 are read 16 bytes at a time; 8200 and 4101 are longer than the largest team holds.
+LENGTHS = (128, 264, 1032, 4104, 8200, 259, 2051, 4101)
+
+
+def samples(name: str, dim: int, dtype: torch.dtype):
+    make = torch.Generator().manual_seed(dim)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=make).to(dtype)
+
+    x, weight, bias = randn(35, dim), randn(dim), randn(dim)
+    if name == "dyt":
+        alpha = torch.tensor([0.5], dtype=dtype)
+        yield Sample(f"{dim}", (x, alpha, weight, bias), differentiable=(0, 1, 2, 3))
+    if name == "rms_norm":
+        yield Sample(f"{dim}", (x, weight), differentiable=(0, 1))
+        yield Sample(f"{dim}, residual", (x, weight, 1e-6, randn(35, dim)), differentiable=(0, 1, 3))
+    if name == "layer_norm":
+        yield Sample(f"{dim}", (x + 10, weight, bias, 1e-5, randn(35, dim)), differentiable=(0, 1, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dim", LENGTHS)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_row_length(name, dim, dtype, emulated):  # noqa: F811
+    for sample in samples(name, dim, dtype):
+        with llmcore.backend("kernel"), torch.random.fork_rng():
+            check_sample(registry[name], sample)
