@@ -92,6 +92,8 @@ void wake(Thread& thread);
 void maybe_preempt();  // under Schedule::random now and then lets another thread run
 
 void rendezvous(uint32_t mask, const Operation& operation, void* operand);
-void finish_copies(Thread& thread);  // at its exit
+// At a thread's exit:
+void finish_copies(Thread& thread);
+void check_not_awaited(const Thread& thread);  // by other lanes of its warp, at a collective operation
 
 }  // namespace simt

@@ -59,16 +59,21 @@ Thread* next_lane(const Warp& warp) {
 [[noreturn]] void report_deadlock(Cta& cta) {
   std::string text = "deadlock: no thread can go on";
   for (const Warp& warp : cta.warps) {
-    const Thread* example = nullptr;
-    uint32_t waiting = 0;
-    for (const Thread* lane : warp.lanes)
-      if (lane && lane->state == Thread::State::blocked) example = lane, waiting |= 1u << lane->lane;
-    if (!example) continue;
-    char line[160];
-    snprintf(line, sizeof line, "; warp %u: lanes %08x wait at %s %d", warp.id, waiting, example->waits_at,
-             example->waits_for);
-    text += line;
-    machine.current = const_cast<Thread*>(example);
+    uint32_t told = 0;
+    for (const Thread* lane : warp.lanes) {  // lanes of a warp may wait at different places
+      if (!lane || lane->state != Thread::State::blocked || told >> lane->lane & 1) continue;
+      uint32_t together = 0;
+      for (const Thread* other : warp.lanes)
+        if (other && other->state == Thread::State::blocked && other->waits_at == lane->waits_at &&
+            other->waits_for == lane->waits_for)
+          together |= 1u << other->lane;
+      told |= together;
+      char line[160];
+      snprintf(line, sizeof line, "; warp %u: lanes %08x wait at %s %d", warp.id, together, lane->waits_at,
+               lane->waits_for);
+      text += line;
+      machine.current = const_cast<Thread*>(lane);
+    }
   }
   fail("%s", text.c_str());
 }
@@ -95,6 +100,7 @@ void thread_main() {
   (*machine.body)();
   Thread& self = *machine.current;
   finish_copies(self);
+  check_not_awaited(self);
   race::release(&machine.ended);
   self.state = Thread::State::done;
   self.warp->ready &= ~(1u << self.lane);
