@@ -133,13 +133,13 @@ std::vector<Planted> planted_in_tile_product() {
   using enum Seen;
   return {
       {"tile_product/no_barrier_after_copy", run<Bug::no_barrier_after_copy>, wrong_numbers, wrong_numbers, true, true},
-      {"tile_product/wait_count_too_high", run<Bug::wait_count_too_high>, wrong_numbers, right, true, false},
+      {"tile_product/wait_count_too_high", run<Bug::wait_count_too_high>, wrong_numbers, right, true, true},
       {"tile_product/no_barrier_before_reuse", run<Bug::no_barrier_before_reuse>, wrong_numbers, wrong_numbers, true,
        true},
       {"tile_product/fragment_order", run<Bug::fragment_order>, wrong_numbers, wrong_numbers, false, false},
       {"tile_product/no_swizzle", run<Bug::no_swizzle>, bank_conflicts, bank_conflicts, false, false, "8.0"},
       {"tile_product/misaligned_row", run<Bug::misaligned_row>, error, error, false, false, "not a multiple of 16"},
-      {"tile_product/outside_shared_memory", run<Bug::outside_shared_memory>, error, error, false, false,
+      {"tile_product/outside_shared_memory", run<Bug::outside_shared_memory>, error, error, true, true,
        "outside the 32768 bytes of shared memory"},
   };
 }
