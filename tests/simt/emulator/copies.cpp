@@ -8,12 +8,29 @@ namespace simt {
 namespace {
 
 void perform(const CopyAsync& copy) {
-  race::read(copy.from, copy.source_bytes);
-  race::wrote(copy.to, 16);
   race::Ignore ignore;
   uint8_t bytes[16] = {};
   if (copy.source_bytes) memcpy(bytes, copy.from, copy.source_bytes);
   memcpy(copy.to, bytes, 16);
+}
+
+// Whatever the schedule, the hardware may touch both ends from the issue on.
+void announce(Thread& thread, const CopyAsync& copy) {
+  if (!race::on()) return;
+  CopyEngine* engine = nullptr;
+  for (CopyEngine& other : thread.copy_engines)
+    if (other.group == copy.group) engine = &other;
+  for (CopyEngine& other : thread.copy_engines)
+    if (!engine && other.group == CopyEngine::kIdle) engine = &other;
+  if (!engine) {
+    race::Ignore ignore;
+    engine = &thread.copy_engines.emplace_back(CopyEngine{copy.group, race_fiber(take_place())});
+  }
+  engine->group = copy.group;
+  race::switch_and_order(engine->race_fiber);
+  race::read(copy.from, copy.source_bytes);
+  race::wrote(copy.to, 16);
+  race::switch_to(thread.race_fiber);
 }
 
 void perform_up_to(Thread& thread, int last_group) {
@@ -25,6 +42,12 @@ void perform_up_to(Thread& thread, int last_group) {
       thread.copies[kept++] = copy;
   }
   thread.copies.resize(kept);
+  for (CopyEngine& engine : thread.copy_engines) {
+    if (engine.group > last_group || engine.group == CopyEngine::kIdle) continue;
+    race::switch_to(engine.race_fiber);
+    race::switch_and_order(thread.race_fiber);
+    engine.group = CopyEngine::kIdle;
+  }
 }
 
 }  // namespace
@@ -37,12 +60,12 @@ void copy_async_16(uint32_t to, const void* from, int source_bytes) {
     fail("cp.async: the source %p is not a multiple of 16", from);
   Thread& self = running();
   const CopyAsync copy{shared_pointer(to, 16), static_cast<const uint8_t*>(from), source_bytes, self.copy_group};
+  announce(self, copy);
   const Copies when = options().copies;
   if (when == Copies::early || (when == Copies::random && random_bits() % 2)) {
     perform(copy);
     return;
   }
-  race::wrote(copy.to, 16);  // from here on the hardware may write
   race::Ignore ignore;
   self.copies.push_back(copy);
   memset(copy.to, 0xff, 16);

@@ -26,6 +26,14 @@ struct CopyAsync {
   int source_bytes, group;
 };
 
+// The hardware that carries out the copies of one group, as a thread of its own for the race detector: its accesses
+// come after the issue of the copy, and before nothing but what follows a wait for the group.
+struct CopyEngine {
+  static constexpr int kIdle = -1;
+  int group;
+  void* race_fiber;
+};
+
 struct Thread {
   enum class State { ready, blocked, done };
   Fiber fiber;
@@ -36,8 +44,9 @@ struct Thread {
   Dim3 index;
   unsigned linear = 0, lane = 0;
   Warp* warp = nullptr;
-  std::vector<CopyAsync> copies;  // issued, not yet done
-  int copy_group = 0;             // the group that copies join until the next commit
+  std::vector<CopyAsync> copies;         // issued, not yet done
+  int copy_group = 0;                    // the group that copies join until the next commit
+  std::vector<CopyEngine> copy_engines;  // only under the race detector
 };
 
 // A collective operation of a warp: every lane of the mask deposits its operand, the last one performs it for all.
@@ -72,7 +81,6 @@ struct Cta {
   Dim3 index;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<std::unique_ptr<unsigned char[]>> stacks;  // only under the race detector
   std::unique_ptr<unsigned char[]> allocation;
   uint8_t* shared = nullptr;
   size_t shared_bytes = 0;
@@ -91,7 +99,15 @@ void block(const char* at, int what);  // the running thread waits until somebod
 void wake(Thread& thread);
 void maybe_preempt();  // under Schedule::random now and then lets another thread run
 
+// The race detector tells apart at most this many threads and copy engines of a launch; it has room for 8000 fibers. A
+// larger launch goes around: then it takes CTAs that lie that far apart for one, and misses races between them.
+constexpr size_t kPlaces = 6000;
+size_t take_place();             // one that this launch has not used
+void* race_fiber(size_t place);  // null when there is no race detector
+
 void rendezvous(uint32_t mask, const Operation& operation, void* operand);
-void finish_copies(Thread& thread);  // at its exit
+// At a thread's exit:
+void finish_copies(Thread& thread);
+void check_not_awaited(const Thread& thread);  // by other lanes of its warp, at a collective operation
 
 }  // namespace simt

@@ -31,6 +31,10 @@ inline void* current_fiber() { return on() ? __tsan_get_current_fiber() : nullpt
 inline void switch_to(void* fiber) {
   if (on()) __tsan_switch_to_fiber(fiber, 1);  // 1: the switch itself orders nothing
 }
+// Likewise, and what the fiber that is left has done happens before what `fiber` does from now on.
+inline void switch_and_order(void* fiber) {
+  if (on()) __tsan_switch_to_fiber(fiber, 0);
+}
 
 // What comes before release(x) in one thread happens before what comes after acquire(x) in another.
 inline void acquire(void* x) {

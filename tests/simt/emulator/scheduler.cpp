@@ -22,7 +22,9 @@ struct Machine {
   bool failed = false;
   char message[512] = "";
   uint64_t random_state = 1;
-  char launched = 0, ended = 0;  // for the race detector: the host's work happens before a CTA's, and the other way
+  std::vector<void*> race_fibers;  // kept for the next launch
+  size_t places_taken = 0;         // by the threads of this launch, and the engines of their copies
+  char launched = 0, ended = 0;    // for the race detector: the host's work happens before a CTA's, and the other way
 };
 thread_local Machine machine;
 
@@ -59,16 +61,21 @@ Thread* next_lane(const Warp& warp) {
 [[noreturn]] void report_deadlock(Cta& cta) {
   std::string text = "deadlock: no thread can go on";
   for (const Warp& warp : cta.warps) {
-    const Thread* example = nullptr;
-    uint32_t waiting = 0;
-    for (const Thread* lane : warp.lanes)
-      if (lane && lane->state == Thread::State::blocked) example = lane, waiting |= 1u << lane->lane;
-    if (!example) continue;
-    char line[160];
-    snprintf(line, sizeof line, "; warp %u: lanes %08x wait at %s %d", warp.id, waiting, example->waits_at,
-             example->waits_for);
-    text += line;
-    machine.current = const_cast<Thread*>(example);
+    uint32_t told = 0;
+    for (const Thread* lane : warp.lanes) {  // lanes of a warp may wait at different places
+      if (!lane || lane->state != Thread::State::blocked || told >> lane->lane & 1) continue;
+      uint32_t together = 0;
+      for (const Thread* other : warp.lanes)
+        if (other && other->state == Thread::State::blocked && other->waits_at == lane->waits_at &&
+            other->waits_for == lane->waits_for)
+          together |= 1u << other->lane;
+      told |= together;
+      char line[160];
+      snprintf(line, sizeof line, "; warp %u: lanes %08x wait at %s %d", warp.id, together, lane->waits_at,
+               lane->waits_for);
+      text += line;
+      machine.current = const_cast<Thread*>(lane);
+    }
   }
   fail("%s", text.c_str());
 }
@@ -95,6 +102,7 @@ void thread_main() {
   (*machine.body)();
   Thread& self = *machine.current;
   finish_copies(self);
+  check_not_awaited(self);
   race::release(&machine.ended);
   self.state = Thread::State::done;
   self.warp->ready &= ~(1u << self.lane);
@@ -104,8 +112,9 @@ void thread_main() {
   abort();  // nobody switches to a thread that is done
 }
 
-// Fresh memory for every CTA, and under the race detector fresh stacks and fibers: recycled ones would order CTAs that
-// nothing orders, or report races between them that are none.
+// Fresh shared memory for every CTA, and under the race detector fresh stacks and fibers: recycled ones would order
+// CTAs that nothing orders, or report races between them that are none. The next launch, which comes after this one,
+// may have them again.
 void build(Cta& cta, size_t shared_bytes) {
   const Dim3& block = machine.block;
   const unsigned count = block.count();
@@ -131,14 +140,21 @@ void build(Cta& cta, size_t shared_bytes) {
     thread.warp->lanes[thread.lane] = &thread;
     thread.warp->alive |= 1u << thread.lane;
     thread.warp->ready |= 1u << thread.lane;
-    if (race::on()) {
-      cta.stacks.push_back(std::make_unique<unsigned char[]>(kStackBytes));
-      thread.fiber.start(cta.stacks.back().get(), kStackBytes, thread_main);
-      thread.race_fiber = race::create_fiber();
-    } else {
-      thread.fiber.start(pooled_stack(i), kStackBytes, thread_main);
-    }
+    const size_t place = race::on() ? take_place() : i;
+    thread.fiber.start(pooled_stack(place), kStackBytes, thread_main);
+    thread.race_fiber = race_fiber(place);
   }
+}
+
+// The host's next steps happen after all that a thread and its copies did.
+void come_after(Thread& thread) {
+  if (!race::on()) return;
+  for (const CopyEngine& engine : thread.copy_engines) {
+    race::switch_to(engine.race_fiber);
+    race::switch_and_order(machine.host_race_fiber);
+  }
+  race::switch_to(thread.race_fiber);
+  race::switch_and_order(machine.host_race_fiber);
 }
 
 void run_cta(const Dim3& index, size_t shared_bytes) {
@@ -159,8 +175,9 @@ void run_cta(const Dim3& index, size_t shared_bytes) {
     Fiber::switch_from_to(machine.host, first->fiber);
   }
   machine.current = nullptr;
+  if (machine.failed)  // threads stopped in their midst; the host must still come after them
+    for (Thread& thread : cta->threads) come_after(thread);
   race::Ignore ignore;
-  for (Thread& thread : cta->threads) race::destroy_fiber(thread.race_fiber);
   if (!machine.failed)
     for (int id = 0; id < 16; ++id)
       if (cta->barriers[id].arrived) {
@@ -170,7 +187,9 @@ void run_cta(const Dim3& index, size_t shared_bytes) {
       }
   machine.cta = nullptr;
   cta.reset();
-  if (machine.failed) throw Error(machine.message);
+  if (!machine.failed) return;
+  race::acquire(&machine.ended);
+  throw Error(machine.message);
 }
 
 }  // namespace
@@ -187,6 +206,17 @@ Copies copies_named(const std::string& name) {
   if (name == "early") return Copies::early;
   if (name == "random") return Copies::random;
   throw std::invalid_argument("copies " + name + "; accepted: late, early, random");
+}
+
+size_t take_place() { return machine.places_taken++ % kPlaces; }
+
+void* race_fiber(size_t place) {
+  if (!race::on()) return nullptr;
+  race::Ignore ignore;
+  auto& fibers = machine.race_fibers;
+  if (place >= fibers.size()) fibers.resize(place + 1);
+  if (!fibers[place]) fibers[place] = race::create_fiber();
+  return fibers[place];
 }
 
 Options& options() { return machine.options; }
@@ -207,17 +237,18 @@ uint64_t random_bits() {  // xorshift64*
 }
 
 void fail(const char* format, ...) {
-  race::Ignore* never_destroyed = new race::Ignore;  // this fiber ends here
-  (void)never_destroyed;
-  char what[400];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(what, sizeof what, format, arguments);
-  va_end(arguments);
-  const Dim3& at = machine.cta->index;
   Thread* thread = machine.current;
-  snprintf(machine.message, sizeof machine.message, "CTA (%u, %u, %u), thread %u: %s", at.x, at.y, at.z,
-           thread ? thread->linear : 0, what);
+  {
+    race::Ignore ignore;
+    char what[400];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    const Dim3& at = machine.cta->index;
+    snprintf(machine.message, sizeof machine.message, "CTA (%u, %u, %u), thread %u: %s", at.x, at.y, at.z,
+             thread ? thread->linear : 0, what);
+  }
   machine.failed = true;
   if (!thread) throw Error(machine.message);
   machine.current = nullptr;
@@ -254,6 +285,7 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
   machine.grid = grid;
   machine.block = block;
   machine.body = &body;
+  machine.places_taken = 0;
   machine.random_state = machine.options.seed * 0x9e3779b97f4a7c15ull | 1;
   for (int i = 0; i < 8; ++i) random_bits();
   machine.host_race_fiber = race::current_fiber();

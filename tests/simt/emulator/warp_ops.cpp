@@ -44,6 +44,14 @@ void rendezvous(uint32_t mask, const Operation& operation, void* operand) {
   maybe_preempt();
 }
 
+void check_not_awaited(const Thread& thread) {
+  const Warp& warp = *thread.warp;
+  for (int i = 0; i < warp.num_open; ++i)
+    if (warp.open[i].mask >> thread.lane & 1)
+      fail("the thread has ended, but lanes %08x of its warp wait for it at %s", warp.open[i].arrived,
+           warp.open[i].operation->name);
+}
+
 void syncwarp(uint32_t mask) {
   static const Operation operation{"syncwarp", [](void* const*, uint32_t) { ++running().warp->syncwarp.round; }};
   void* here = running().warp->syncwarp.now();
@@ -168,8 +176,7 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool transposed) {
   rendezvous(kFullMask, transposed ? trans : plain, &row);
 }
 
-// ---- mma.sync.m16n8k16, 16-bit floats in, float32 out
-// ----------------------------------------------------------------
+// ---- mma.sync.m16n8k16: 16-bit floats in, float32 out ---------------------------------------------------------------
 
 namespace {
 

@@ -1,0 +1,25 @@
+"""Builds the test programs of tests/simt/CMakeLists.txt, once for all tests of a run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parents[1] / "build" / "simt"
+
+
+@functools.cache
+def program(name: str) -> Path:
+    """The path of program `name`, built from the sources as they are now."""
+    assert shutil.which("cmake"), "cmake is needed to build the test programs"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", "-S", str(HERE), "-B", str(BUILD), *generator]
+    jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+    for command in (configure, ["cmake", "--build", str(BUILD), "--target", name, "-j", jobs]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return BUILD / name
