@@ -19,7 +19,6 @@ namespace {
 constexpr float kLag = 8.f;
 
 constexpr int64_t kMaxHeadDim = 576;  // 64 rows of queries in 72 KiB of shared memory
-constexpr int64_t kMaxRows = 256;     // no tile has more rows or keys: room for rounding up in 32 bits
 
 struct Rows {  // which tensors can be moved 16 bytes at a time
   bool q, k, v, out;
@@ -94,7 +93,8 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
     return scales[(block * block_size + key % block_size) * shape.kv_heads + task.kv_head];
   };
   const int last_row = smaller(task.first_row + kRows, task.num_rows) - 1;
-  KeyTiles<kKeys> tiles{task.first_row, last_row, view_rows(mask, task, task.first_row, last_row).any, 0, 0};
+  const Band band = band_of(mask);
+  KeyTiles<kKeys> tiles{task.first_row, last_row, view_rows(band, task, task.first_row, last_row).any, 0, 0};
   int tile = tiles.first(mask, task), item = -1;  // that it is at: K items, then V items; tile is -1 after the last
   const auto produce = [&](int slot, bool is_k) {
     if (++item == k_items + v_items && tile >= 0) item = 0, tile = tiles.next(mask, task, tile);
@@ -102,11 +102,11 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
     const int first_key = tile * kKeys, keys = smaller(task.seq.num_k - first_key, kKeys);
     const uint32_t to = ring + slot * kTile.slot_bytes();
     if (kAny ? item < k_items : is_k)
-      stage_rows<T, kKeys, kTile.k_columns, kThreads>(
-          shared, to, kKPitch, {p.k, p.kv_dtype, copies.k}, keys, kAny ? item * kTile.k_columns : 0, head_dim,
-          [&](int i) {
-            return RowPlace{key_offset(p.k_strides, first_key + i), key_factor(p.k_scale, first_key + i)};
-          });
+      stage_rows<T, kKeys, kTile.k_columns, kThreads>(shared, to, kKPitch, {p.k, p.kv_dtype, copies.k}, keys,
+                                                      kAny ? item * kTile.k_columns : 0, head_dim, [&](int i) {
+                                                        return RowPlace{key_offset(p.k_strides, first_key + i),
+                                                                        key_factor(p.k_scale, first_key + i)};
+                                                      });
     else
       stage_rows<T, kKeys, kTile.v_columns, kThreads>(
           shared, to, kVPitch, {p.v, p.kv_dtype, copies.v}, keys,
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
 
   // ---- what each warp holds
   const int warp_row = 16 * kFragments * warp, first_row = task.first_row + warp_row;
-  const RowsView view = view_rows(mask, task, first_row, first_row + 16 * kFragments - 1);
+  const RowsView view = view_rows(band, task, first_row, first_row + 16 * kFragments - 1);
   const float factor = exponent_factor(mask);
   const uint32_t q_lane = lane_offset_a(q_pitch), k_lane = lane_offset_b(kKPitch), v_lane = lane_offset_a(kVPitch);
   float out[kFragments][kOutTiles][4] = {}, top[kFragments][2], total[kFragments][2];
@@ -180,11 +180,13 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
   // ---- the tiles of keys. Behind the last item of one, the producer is at the next.
   for (int at = tile; at >= 0; at = tile) {
     const int first_key = at * kKeys, last_key = first_key + kKeys - 1;
-    const bool busy = first_key <= view.any.last && last_key >= view.any.first;  // the warp's rows see some of it
+    if (first_key > view.any.last || last_key < view.any.first) {  // none of the warp's rows sees any of it
+      for (int i = 0; i < k_items + v_items; ++i) next_item(i < k_items);
+      continue;
+    }
     float s[kFragments][kKeys / 8][4] = {};
     for (int i = 0; i < k_items; ++i) {
       const uint32_t k = next_item(true);
-      if (!busy) continue;
       const int steps = kAny ? ceil_div(smaller(head_dim - i * kTile.k_columns, kTile.k_columns), 16) : kKSteps;
 #pragma unroll
       for (int step = 0; step < kKSteps; ++step) {
@@ -205,32 +207,37 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
       }
     }
 
-    uint32_t probabilities[kFragments][kKeys / 16][4];
-    if (busy) {
-      if (ready_first(mask)) {
+    if (ready_first(mask)) {
 #pragma unroll
-        for (int i = 0; i < kFragments * kKeys / 2; ++i) {
-          float& score = s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4];
-          score = ready_score(mask, score);
-        }
+      for (int i = 0; i < kFragments * kKeys / 2; ++i) {
+        float& score = s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4];
+        score = ready_score(mask, score);
       }
-      if (first_key < view.all.first || last_key > view.all.last || mask.block_mask) {
-#pragma unroll
-        for (int i = 0; i < 2 * kFragments; ++i)
-          mask_row_scores(mask, task, first_row + 8 * i + lane / 4, first_key, i % 2, s[i / 2]);
-      }
-      softmax(factor, s, top, total, out);
-#pragma unroll
-      for (int f = 0; f < kFragments; ++f)
-#pragma unroll
-        for (int n = 0; n < kKeys / 16; ++n) as_a_fragment<T>(s[f][2 * n], s[f][2 * n + 1], probabilities[f][n]);
     }
+    const int key = first_key + 2 * (lane % 4);
+    if (first_key < view.all.first || last_key > view.all.last) {
+#pragma unroll
+      for (int i = 0; i < 2 * kFragments; ++i) {
+        const int query = (first_row + 8 * i + lane / 4) / group;
+        mask_by_position(visible_keys(band, task.seq.num_k, position_of(task.seq, query)), key, i % 2, s[i / 2]);
+      }
+    }
+    if (mask.block_mask) {
+#pragma unroll
+      for (int i = 0; i < 2 * kFragments; ++i)
+        mask_by_blocks(mask, task, first_row + 8 * i + lane / 4, key, i % 2, s[i / 2]);
+    }
+    softmax(factor, s, top, total, out);
+    uint32_t probabilities[kFragments][kKeys / 16][4];
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f)
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) as_a_fragment<T>(s[f][2 * n], s[f][2 * n + 1], probabilities[f][n]);
 
 #pragma unroll
     for (int i = 0; i < kTile.v_items; ++i) {
       if (kAny && i >= v_items) break;
       const uint32_t v = next_item(false);
-      if (!busy) continue;
       const int steps = kAny ? ceil_div(smaller(v_dim - i * kTile.v_columns, kTile.v_columns), 16) : kVSteps;
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n)
@@ -293,8 +300,8 @@ bool rows_fit(const void* base, const RowStrides& s) {
 }
 
 constexpr bool serves(const Tile& tile, int64_t head_dim, int64_t v_head_dim) {
-  return tile.any_head_dim() ||
-         (ceil_div<int64_t>(head_dim, 16) * 16 == tile.head_dim && ceil_div<int64_t>(v_head_dim, 16) * 16 == tile.v_head_dim);
+  return tile.any_head_dim() || (ceil_div<int64_t>(head_dim, 16) * 16 == tile.head_dim &&
+                                 ceil_div<int64_t>(v_head_dim, 16) * 16 == tile.v_head_dim);
 }
 
 template <class T, int kIndex = 0>
@@ -305,8 +312,7 @@ Status with_tile(const AttentionParams& p, const Device& device) {
   const int64_t tasks = task_bound(p.shape, kTile.rows()) * p.shape.kv_heads;
   if (tasks > INT32_MAX) return "attention: more blocks of queries than a grid may have";
   const int q_pitch = row_pitch(kTile.any_head_dim() ? static_cast<int>(p.shape.head_dim) : kTile.k_columns);
-  const int shared_bytes =
-      kTile.rows() * larger(q_pitch, row_pitch(kTile.out_columns())) + kSlots * kTile.slot_bytes();
+  const int shared_bytes = kTile.rows() * larger(q_pitch, row_pitch(kTile.out_columns())) + kSlots * kTile.slot_bytes();
   const bool same_type = p.kv_dtype == p.q_dtype && !p.k_scale;
   const Rows copies{rows_fit(p.q, p.q_strides), same_type && rows_fit(p.k, p.k_strides),
                     same_type && rows_fit(p.v, p.v_strides), rows_fit(p.out, p.out_strides)};
@@ -325,8 +331,8 @@ Status attention_forward(const AttentionParams& p, const Device& device) {
   // ==== decode: calls that attention_decode_serves(p) go to attention_decode(p, device) from here ====
 
   if (s.head_dim > kMaxHeadDim) return "attention: head sizes beyond 576 have no CUDA kernel";
-  if (s.total_q * (s.heads / s.kv_heads) > INT32_MAX - kMaxRows || s.seq_k > INT32_MAX - kMaxRows)
-    return "attention: sequences of 2^31 rows or more have no CUDA kernel";
+  if (s.total_q * (s.heads / s.kv_heads) >= kNoEnd || larger(s.seq_k, s.table_stride * s.block_size) >= kNoEnd)
+    return "attention: sequences of 2^30 rows or more have no CUDA kernel";
   switch (p.q_dtype) {
     case DType::bf16: return with_tile<bf16>(p, device);
     case DType::f16: return with_tile<f16>(p, device);

@@ -33,7 +33,7 @@ __host__ __device__ constexpr I larger(I a, I b) {
 // Rows and keys within a sequence are 32-bit (the launcher refuses more), offsets into tensors 64-bit.
 struct Sequence {
   int num_q, num_k;
-  int64_t q_start, k_start;  // first rows in packed tensors, else 0
+  int q_start, k_start;  // first rows in packed tensors, else 0
 };
 
 PTX_DEVICE Sequence sequence(const AttentionShape& s, int b) {
@@ -104,31 +104,36 @@ struct KeyRange {
   int first, last;  // empty when last < first
 };
 
+// A query at position x sees the keys [x - below, x + above] of its sequence. 32 bits are enough, for positions are
+// smaller than kNoEnd.
+constexpr int kNoEnd = 1 << 30;
+struct Band {
+  int below, above;
+};
+PTX_DEVICE Band band_of(const AttentionMask& m) {
+  const int reach = m.window ? static_cast<int>(smaller<int64_t>(m.window - 1, kNoEnd)) : kNoEnd;
+  return {reach, m.causal ? 0 : reach};
+}
+PTX_DEVICE int position_of(const Sequence& seq, int query) { return query + seq.num_k - seq.num_q; }
+
 // The keys that a query sees by position. Both ends move right with the query.
-PTX_DEVICE KeyRange visible_keys(const AttentionMask& m, const Sequence& seq, int query) {
-  const int64_t position = static_cast<int64_t>(query) + seq.num_k - seq.num_q;
-  int64_t first = 0, last = seq.num_k - 1;
-  if (m.causal) last = smaller(last, position);
-  if (m.window) {
-    first = larger(first, position - m.window + 1);
-    last = smaller(last, position + m.window - 1);
-  }
-  return {static_cast<int>(smaller<int64_t>(first, seq.num_k)), static_cast<int>(larger<int64_t>(last, -1))};
+PTX_DEVICE KeyRange visible_keys(const Band& band, int num_k, int position) {
+  return {larger(position - band.below, 0), smaller(position + band.above, num_k - 1)};
 }
 
 // What the rows [first, last] of a task see by position: some of them a key of `any`, each of them all keys of `all`.
 struct RowsView {
   KeyRange any, all;
 };
-PTX_DEVICE RowsView view_rows(const AttentionMask& m, const Task& t, int first, int last) {
+PTX_DEVICE RowsView view_rows(const Band& band, const Task& t, int first, int last) {
   if (first >= t.num_rows) return {{0, -1}, {0, -1}};  // no rows at all
-  const KeyRange a = visible_keys(m, t.seq, first / t.group);
-  const KeyRange z = visible_keys(m, t.seq, smaller(last, t.num_rows - 1) / t.group);
+  const KeyRange a = visible_keys(band, t.seq.num_k, position_of(t.seq, first / t.group));
+  const KeyRange z = visible_keys(band, t.seq.num_k, position_of(t.seq, smaller(last, t.num_rows - 1) / t.group));
   return {{a.first, z.last}, {z.first, a.last}};
 }
 
 PTX_DEVICE const uint8_t* mask_row(const AttentionMask& m, int b, int head, int query) {
-  return m.block_mask + b * m.mask_batch + head * m.mask_head + query / m.block_q * m.mask_row;
+  return m.block_mask + b * m.mask_batch + head * m.mask_head + query / static_cast<int>(m.block_q) * m.mask_row;
 }
 
 // Whether the block mask lets any of the task's rows [first, last] see any of the keys.
@@ -175,37 +180,40 @@ struct KeyTiles {
   }
 };
 
-// Scores of one row of a C fragment, columns 8 j + 2 (lane % 4) + {0, 1} of the keys from first_key on, at s[j][2 half]
-// and s[j][2 half + 1]: -inf where the row does not see the key.
+// Scores of one row of a C fragment, at s[j][2 half] and s[j][2 half + 1] those of the keys `key` + 8 j and one more:
+// -inf where the row does not see the key. `key` is the lane's first: the tile's first + 2 (lane % 4).
 template <int kTiles>
-PTX_DEVICE void mask_row_scores(const AttentionMask& m, const Task& t, int row, int first_key, int half,
-                                float (&s)[kTiles][4]) {
-  row = smaller(row, t.num_rows - 1);  // rows beyond the last are computed, but not stored
-  const int query = row / t.group, column = first_key + 2 * static_cast<int>(threadIdx.x % 4);
-  const KeyRange keys = visible_keys(m, t.seq, query);
+PTX_DEVICE void mask_by_position(const KeyRange& seen, int key, int half, float (&s)[kTiles][4]) {
 #pragma unroll
   for (int j = 0; j < kTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e)
-      if (column + 8 * j + e < keys.first || column + 8 * j + e > keys.last) s[j][2 * half + e] = kNegInf;
-  if (!m.block_mask) return;
-  const uint8_t* blocks = mask_row(m, t.b, t.kv_head * t.group + row % t.group, query);
+      if (key + 8 * j + e < seen.first || key + 8 * j + e > seen.last) s[j][2 * half + e] = kNegInf;
+}
+// The same by the block mask. Rows beyond the task's last are computed, but not stored.
+template <int kTiles>
+PTX_DEVICE void mask_by_blocks(const AttentionMask& m, const Task& t, int row, int key, int half,
+                               float (&s)[kTiles][4]) {
+  row = smaller(row, t.num_rows - 1);
+  const uint8_t* blocks = mask_row(m, t.b, t.kv_head * t.group + row % t.group, row / t.group);
   const int block_k = static_cast<int>(m.block_k);
-  int block_end = -1;
-  bool seen = false;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int key = column + 8 * j + e;
-      if (key > keys.last) continue;
-      if (key >= block_end) {  // a new block
-        const int block = key / block_k;
-        block_end = (block + 1) * block_k;
-        seen = blocks[block];
-      }
-      if (!seen) s[j][2 * half + e] = kNegInf;
+  uint32_t seen = 0;  // bit i: the i-th of the lane's keys. A loop that is not unrolled needs few registers.
+  int block_end = 0;
+  bool now = false;
+#pragma unroll 1
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const int at = key + i / 2 * 8 + i % 2;
+    if (at >= t.seq.num_k) break;
+    if (at >= block_end) {  // a new block
+      const int block = at / block_k;
+      block_end = (block + 1) * block_k;
+      now = blocks[block];
     }
+    seen |= static_cast<uint32_t>(now) << i;
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i)
+    if (!(seen >> i & 1)) s[i / 2][2 * half + i % 2] = kNegInf;
 }
 
 // Scores become exponents of 2: score * exponent_factor, the product formed where it is used, in one fma with the
@@ -221,8 +229,8 @@ PTX_DEVICE float ready_score(const AttentionMask& m, float score) {
 
 // ---- tiles of rows in shared memory --------------------------------------------------------------------------------
 //
-// Row-major, a row's pitch a multiple of 128 bytes (row_pitch()). The 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that the
-// same chunk of eight neighbouring rows, which is what ldmatrix reads, covers all 32 banks.
+// Row-major, a row's pitch a multiple of 128 bytes (row_pitch()). The 16-byte chunk c of row r lies at chunk c ^ (r %
+// 8), so that the same chunk of eight neighbouring rows, which is what ldmatrix reads, covers all 32 banks.
 
 PTX_DEVICE uint32_t chunk_offset(int pitch, int row, int chunk) {
   return static_cast<uint32_t>(row * pitch + ((chunk ^ row % 8) << 4));
@@ -265,21 +273,37 @@ struct RowPlace {
 template <class T, int kRows, int kColumns, int kThreads, class Place>
 PTX_DEVICE void stage_rows(uint8_t* shared, uint32_t to, int pitch, const RowFormat& format, int rows, int first_column,
                            int dim, const Place& place) {
-  constexpr int kChunks = kColumns / 8;
+  // Eight lanes take 128 bytes of a row, so that a warp's rows are read in whole lines. From one pass over the rows to
+  // the next the swizzle is the same, and addresses differ by constants.
+  constexpr int kRowsAtOnce = kThreads / 8;
+  static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0, "whole passes");
+  const int first_row = static_cast<int>(threadIdx.x) / 8, chunk = static_cast<int>(threadIdx.x) % 8;
+  const uint32_t first = to + chunk_offset(pitch, first_row, chunk);
+  const auto columns_at = [&](int row, int column) { return row < rows ? smaller(larger(dim - column, 0), 8) : 0; };
+  if (format.copies) {
+    const uint32_t address = ptx::shared_address(shared) + first;
 #pragma unroll
-  for (int i0 = 0; i0 < kRows * kChunks; i0 += kThreads) {
-    const int i = i0 + static_cast<int>(threadIdx.x), row = i / kChunks, chunk = i % kChunks;
-    if (kRows * kChunks % kThreads && i >= kRows * kChunks) break;
-    const int column = first_column + 8 * chunk;
-    const int count = row < rows ? smaller(larger(dim - column, 0), 8) : 0;
-    const uint32_t at = to + chunk_offset(pitch, row, chunk);
+    for (int pass = 0; pass < kRows / kRowsAtOnce; ++pass) {
+      const int row = first_row + pass * kRowsAtOnce;
+      const T* from = static_cast<const T*>(format.base);
+      if (row < rows) from += place(row).offset;
+#pragma unroll
+      for (int panel = 0; panel < kColumns; panel += 64) {
+        if (panel + 8 * chunk >= kColumns) continue;
+        const int column = first_column + panel + 8 * chunk, count = columns_at(row, column);
+        ptx::copy_async_16(address + pass * kRowsAtOnce * pitch + 2 * panel, count ? from + column : from, 2 * count);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int row = first_row; row < kRows; row += kRowsAtOnce) {
     RowPlace from{0, 0.f};
-    if (count) from = place(row);
-    if (format.copies) {
-      const T* source = static_cast<const T*>(format.base);
-      ptx::copy_async_16(ptx::shared_address(shared) + at, count ? source + from.offset + column : source, 2 * count);
-    } else {
-      *reinterpret_cast<ptx::Vec16*>(shared + at) =
+    if (row < rows) from = place(row);
+#pragma unroll 1
+    for (int panel = 0; panel + 8 * chunk < kColumns; panel += 64) {
+      const int column = first_column + panel + 8 * chunk, count = columns_at(row, column);
+      *reinterpret_cast<ptx::Vec16*>(shared + first + (row - first_row) * pitch + 2 * panel) =
           converted<T>(format.dtype, format.base, from.offset + (count ? column : 0), count, from.factor);
     }
   }

@@ -14,7 +14,8 @@ struct Tile {
   int head_dim, v_head_dim;  // the head sizes it is for, as multiples of 16; 0: any
   int warps;
   int fragments;  // of 16 query rows per warp. Each B fragment read from shared memory meets all of them: with 1, the
-                  // reads take as long as the products on sm_80 (256 bytes at 128 per clock, 4096 FLOP at 2048); 2 halve it
+                  // reads take as long as the products on sm_80 (256 bytes at 128 per clock, 4096 FLOP at 2048); 2
+                  // halve it
   int keys;
   int k_columns, v_columns;   // of an item
   int v_items;                // V items whose accumulators a thread holds
@@ -24,7 +25,9 @@ struct Tile {
   __host__ __device__ constexpr int threads() const { return 32 * warps; }
   __host__ __device__ constexpr bool any_head_dim() const { return head_dim == 0; }
   __host__ __device__ constexpr int out_columns() const { return v_columns * v_items; }
-  __host__ __device__ constexpr int slot_bytes() const { return keys * row_pitch(k_columns > v_columns ? k_columns : v_columns); }
+  __host__ __device__ constexpr int slot_bytes() const {
+    return keys * row_pitch(k_columns > v_columns ? k_columns : v_columns);
+  }
 };
 
 // While an item is worked on, the next two are on their way: those of one whole tile of keys.
