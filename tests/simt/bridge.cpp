@@ -1,6 +1,8 @@
 // The CUDA kernels as one more instruction set of the CPU ops, "cuda_emulated": the bindings, and with them every test
 // of the registry, reach the launchers in csrc/cuda, and those run on the emulator. Only in test builds
 // (LLMCORE_EMULATE_CUDA).
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
 
 #include "llmcore/attention.h"
@@ -25,6 +27,11 @@ void check(cuda::Status status, const char* kernel) {
   if (status) throw std::runtime_error(std::string(kernel) + " on the emulator: " + status);
 }
 
+// malloc, so that a sanitizer sees its ends; as large as the launcher asked for, and not a byte more.
+std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
+  return {bytes ? malloc(static_cast<size_t>(bytes)) : nullptr, &free};
+}
+
 }  // namespace
 
 #define ON_THE_EMULATOR(kernel, Params) \
@@ -35,7 +42,14 @@ void check(cuda::Status status, const char* kernel) {
 ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 
-WITHOUT_CUDA_KERNEL(attention_forward, AttentionParams)
+void attention_forward(const AttentionParams& p, const Parallel& par) {
+  if (p.q_dtype == DType::f32) return portable::attention_forward(p, par);  // not served on CUDA
+  AttentionParams with_workspace = p;
+  const auto workspace = workspace_of(cuda::attention_forward_workspace(p, kDevice));
+  with_workspace.workspace = workspace.get();
+  check(cuda::attention_forward(with_workspace, kDevice), "attention_forward");
+}
+
 WITHOUT_CUDA_KERNEL(attention_backward, AttentionBackwardParams)
 WITHOUT_CUDA_KERNEL(dyt_forward, DytParams)
 WITHOUT_CUDA_KERNEL(dyt_backward, DytBackwardParams)
