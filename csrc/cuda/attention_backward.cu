@@ -31,7 +31,9 @@ struct Tile {
   __host__ __device__ constexpr int streamed() const { return split * step; }
   __host__ __device__ constexpr int owned_bytes() const { return owned() * (dim + v_dim) * 2; }
   __host__ __device__ constexpr int stream_bytes() const { return streamed() * (dim + v_dim) * 2; }
-  __host__ __device__ constexpr int exchange_bytes(bool keys) const { return split == 1 ? 0 : owned() * streamed() * (keys ? 4 : 2); }
+  __host__ __device__ constexpr int exchange_bytes(bool keys) const {
+    return split == 1 ? 0 : owned() * streamed() * (keys ? 4 : 2);
+  }
   __host__ __device__ constexpr int shared_bytes(bool keys) const {
     return owned_bytes() + 2 * (stream_bytes() + (keys ? streamed() * 8 : 0)) + exchange_bytes(keys);
   }

@@ -192,7 +192,7 @@ template <class T, int kDim, int kBlocks, int kColumns>
 PTX_DEVICE void multiply_rows(Accumulator<kBlocks, kColumns>& s, uint32_t x, int x_row, uint32_t y, int y_row) {
   using Tile = SharedTile<kDim>;
   const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
+#pragma unroll 2  // all of them: ptxas loads so far ahead that registers spill
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[kBlocks][4];
 #pragma unroll
