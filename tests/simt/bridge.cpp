@@ -2,6 +2,7 @@
 // of the registry, reach the launchers in csrc/cuda, and those run on the emulator. Only in test builds
 // (LLMCORE_EMULATE_CUDA).
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 
@@ -42,15 +43,6 @@ std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
 ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 
-void attention_forward(const AttentionParams& p, const Parallel& par) {
-  if (p.q_dtype == DType::f32) return portable::attention_forward(p, par);  // not served on CUDA
-  AttentionParams with_workspace = p;
-  const auto workspace = workspace_of(cuda::attention_forward_workspace(p, kDevice));
-  with_workspace.workspace = workspace.get();
-  check(cuda::attention_forward(with_workspace, kDevice), "attention_forward");
-}
-
-WITHOUT_CUDA_KERNEL(attention_backward, AttentionBackwardParams)
 WITHOUT_CUDA_KERNEL(dyt_forward, DytParams)
 WITHOUT_CUDA_KERNEL(dyt_backward, DytBackwardParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm, GroupedGemmParams)
@@ -67,6 +59,22 @@ WITHOUT_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
 ON_THE_EMULATOR(rms_norm_forward, NormParams)
 ON_THE_EMULATOR(rms_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(rope, RopeParams)
+
+// Attention in float32 has no CUDA kernel.
+void attention_forward(const AttentionParams& p, const Parallel& par) {
+  if (p.q_dtype == DType::f32) return portable::attention_forward(p, par);
+  AttentionParams with = p;
+  const auto workspace = workspace_of(cuda::attention_forward_workspace(p, kDevice));
+  with.workspace = workspace.get();
+  check(cuda::attention_forward(with, kDevice), "attention_forward");
+}
+void attention_backward(const AttentionBackwardParams& p, const Parallel& par) {
+  if (p.dtype == DType::f32) return portable::attention_backward(p, par);
+  AttentionBackwardParams with = p;
+  const auto workspace = workspace_of(cuda::attention_backward_workspace(p, kDevice));
+  with.workspace = workspace.get();
+  check(cuda::attention_backward(with, kDevice), "attention_backward");
+}
 
 }  // namespace cuda_emulated
 }  // namespace cpu
