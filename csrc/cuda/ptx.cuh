@@ -90,6 +90,10 @@ PTX_DEVICE float tanh_approx(float x) {  // relative error 2^-11: for values tha
   return y;
 }
 PTX_DEVICE float rsqrt(float x) { return rsqrtf(x); }
+// Byte i of the result is byte (selector >> 4 i & 7) of the eight bytes (high, low).
+PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
 PTX_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -173,6 +177,12 @@ PTX_DEVICE uint32_t ballot(bool predicate) { return simt::ballot(kFullMask, pred
 PTX_DEVICE float exp2(float x) { return x < -126.f ? 0.f : ::exp2f(x); }
 PTX_DEVICE float tanh_approx(float x) { return ::tanhf(x); }
 PTX_DEVICE float rsqrt(float x) { return 1.f / ::sqrtf(x); }
+PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return r;
+}
 PTX_DEVICE uint32_t bf16_bits(float x) {
   const uint32_t u = bits(x);
   if (x != x) return 0x7fff;

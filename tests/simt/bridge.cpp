@@ -1,8 +1,12 @@
 // The CUDA kernels as one more instruction set of the CPU ops, "cuda_emulated": the bindings, and with them every test
 // of the registry, reach the launchers in csrc/cuda, and those run on the emulator. Only in test builds
 // (LLMCORE_EMULATE_CUDA).
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 
+#include "attention_decode.cuh"
 #include "llmcore/attention.h"
 #include "llmcore/dyt.h"
 #include "llmcore/glu.h"
@@ -25,6 +29,15 @@ void check(cuda::Status status, const char* kernel) {
   if (status) throw std::runtime_error(std::string(kernel) + " on the emulator: " + status);
 }
 
+// What a launcher finds in a workspace is whatever was there before: NaN, here.
+struct Workspace {
+  std::unique_ptr<void, decltype(&std::free)> memory;
+  explicit Workspace(int64_t bytes) : memory(std::malloc(static_cast<size_t>(bytes)), std::free) {
+    if (bytes && !memory) throw std::bad_alloc();
+    if (bytes) std::memset(memory.get(), 0xff, static_cast<size_t>(bytes));
+  }
+};
+
 }  // namespace
 
 #define ON_THE_EMULATOR(kernel, Params) \
@@ -35,7 +48,13 @@ void check(cuda::Status status, const char* kernel) {
 ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 
-WITHOUT_CUDA_KERNEL(attention_forward, AttentionParams)
+void attention_forward(const AttentionParams& p, const Parallel& par) {
+  if (!cuda::attention_decode_serves(p)) return portable::attention_forward(p, par);
+  const Workspace workspace(cuda::attention_decode_workspace(p, kDevice));
+  AttentionParams with_workspace = p;
+  with_workspace.workspace = workspace.memory.get();
+  check(cuda::attention_decode(with_workspace, kDevice), "attention_decode");
+}
 WITHOUT_CUDA_KERNEL(attention_backward, AttentionBackwardParams)
 WITHOUT_CUDA_KERNEL(dyt_forward, DytParams)
 WITHOUT_CUDA_KERNEL(dyt_backward, DytBackwardParams)

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 # op -> the dtypes its CUDA kernel serves
 CUDA_OPS = {
     "geglu": FLOATS,
+    "paged_attention": (torch.bfloat16, torch.float16),
     "swiglu": FLOATS,
 }
 # (schedule, copies): the least and the most orderly, and one that runs some warps far ahead
