@@ -40,5 +40,17 @@ PYBIND11_MODULE(_C, m) {
         simt::options() = {simt::schedule_named(schedule), simt::copies_named(copies), seed};
       },
       "How the emulator runs the CUDA kernels that this thread launches from now on.");
+  m.def(
+      "emulator_counters",
+      [] {
+        const simt::Counters& c = simt::counters();
+        py::dict counts;
+        counts["mma"] = c.mma;
+        counts["copies"] = c.copies;
+        counts["ldmatrix_matrices"] = c.ldmatrix_matrices;
+        counts["ldmatrix_wavefronts"] = c.ldmatrix_wavefronts;
+        return counts;
+      },
+      "What the CUDA kernels that this thread launched have done so far.");
 #endif
 }

@@ -6,6 +6,7 @@
 // in place, with the values. K and V items follow one another through a ring of buffers in shared memory: while one is
 // worked on, cp.async fills the next two, and one barrier for each item is all the synchronisation there is.
 #include "attention_common.cuh"
+#include "attention_decode.cuh"
 #include "attention_tiles.cuh"
 #include "launch.cuh"
 
@@ -322,13 +323,15 @@ Status with_tile(const AttentionParams& p, const Device& device) {
 
 }  // namespace
 
-int64_t attention_forward_workspace(const AttentionParams&, const Device&) { return 0; }
+int64_t attention_forward_workspace(const AttentionParams& p, const Device& device) {
+  return attention_decode_serves(p) ? attention_decode_workspace(p, device) : 0;
+}
 
 Status attention_forward(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
   if (s.batch == 0 || s.total_q == 0) return nullptr;
 
-  // ==== decode: calls that attention_decode_serves(p) go to attention_decode(p, device) from here ====
+  if (attention_decode_serves(p)) return attention_decode(p, device);
 
   if (s.head_dim > kMaxHeadDim) return "attention: head sizes beyond 576 have no CUDA kernel";
   if (s.total_q * (s.heads / s.kv_heads) >= kNoEnd || larger(s.seq_k, s.table_stride * s.block_size) >= kNoEnd)

@@ -104,6 +104,10 @@ PTX_DEVICE float reciprocal(float x) {  // relative error 2^-23
   return y;
 }
 PTX_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself: never fused into an fma
+// Byte i of the result is byte (selector >> 4 i & 7) of the eight bytes (high, low).
+PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
 PTX_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -193,6 +197,12 @@ PTX_DEVICE float product(float x, float y) {
   float xy = x * y;
   asm("" : "+x"(xy));  // hidden from a compiler that would fuse it
   return xy;
+}
+PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return r;
 }
 PTX_DEVICE uint32_t bf16_bits(float x) {
   const uint32_t u = bits(x);
