@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmcore import reference
 from llmcore.ops.block_mask import BlockMask
-from llmcore.ops.registry import OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
+from llmcore.ops.registry import FLOATS, HALVES, OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
 
 
 def _options(
@@ -272,6 +272,7 @@ register(
         reference=reference.attention,
         torch_ops=("attention", "attention_backward"),
         samples=_samples,
+        dtypes={"cpu": FLOATS, "cuda": HALVES},
         features=(
             "MHA, GQA, MQA; any head size, V's may differ", "causal (bottom-right), sliding window",
             "sinks, soft cap, block-sparse", "packed (cu_seqlens)", "lse", "backward, deterministic",
@@ -366,6 +367,7 @@ register(
         reference=reference.paged_attention,
         torch_ops=("paged_attention",),
         samples=_paged_samples,
+        dtypes={"cpu": FLOATS, "cuda": HALVES},
         features=("decode and chunked prefill", "any page size; split over the keys", "float and int8 caches"),
         benchmarks=_paged_benchmarks,
         peer=_paged_peer,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 
 def layer_norm(
@@ -117,6 +117,7 @@ register(
         reference=reference.layer_norm,
         torch_ops=("layer_norm", "layer_norm_backward"),
         samples=_samples,
+        dtypes=CPU_AND_CUDA,
         features=("optional bias", "fused residual add", "backward"),
         benchmarks=_benchmarks,
         peer=_peer,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 
 def rms_norm(
@@ -103,6 +103,7 @@ register(
         reference=reference.rms_norm,
         torch_ops=("rms_norm", "rms_norm_backward"),
         samples=_samples,
+        dtypes=CPU_AND_CUDA,
         features=("fused residual add", "backward"),
         benchmarks=_benchmarks,
         peer=_peer,
