@@ -37,11 +37,11 @@ ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 
 WITHOUT_CUDA_KERNEL(attention_forward, AttentionParams)
 WITHOUT_CUDA_KERNEL(attention_backward, AttentionBackwardParams)
-WITHOUT_CUDA_KERNEL(dyt_forward, DytParams)
-WITHOUT_CUDA_KERNEL(dyt_backward, DytBackwardParams)
+ON_THE_EMULATOR(dyt_forward, DytParams)
+ON_THE_EMULATOR(dyt_backward, DytBackwardParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm, GroupedGemmParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm_weight_grad, GroupedGemmWeightGradParams)
-WITHOUT_CUDA_KERNEL(kv_cache_write, KvCacheWriteParams)
+ON_THE_EMULATOR(kv_cache_write, KvCacheWriteParams)
 ON_THE_EMULATOR(layer_norm_forward, NormParams)
 ON_THE_EMULATOR(layer_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
@@ -52,7 +52,7 @@ WITHOUT_CUDA_KERNEL(moe_route_forward, MoeRouteParams)
 WITHOUT_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
 ON_THE_EMULATOR(rms_norm_forward, NormParams)
 ON_THE_EMULATOR(rms_norm_backward, NormBackwardParams)
-WITHOUT_CUDA_KERNEL(rope, RopeParams)
+ON_THE_EMULATOR(rope, RopeParams)
 
 }  // namespace cuda_emulated
 }  // namespace cpu

@@ -18,9 +18,13 @@ pytestmark = pytest.mark.skipif(
 
 # op -> the dtypes its CUDA kernel serves
 CUDA_OPS = {
+    "dyt": FLOATS,
     "geglu": FLOATS,
+    "kv_cache_write": FLOATS,
     "layer_norm": FLOATS,
     "rms_norm": FLOATS,
+    "rope": FLOATS,
+    "rope_": FLOATS,
     "swiglu": FLOATS,
 }
 # (schedule, copies): the least and the most orderly, and one that runs some warps far ahead
