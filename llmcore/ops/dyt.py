@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -106,6 +106,7 @@ register(
         reference=reference.dyt,
         torch_ops=("dyt", "dyt_backward"),
         samples=_samples,
+        dtypes=CPU_AND_CUDA,
         features=("optional bias", "backward"),
         benchmarks=_benchmarks,
         peer=_peer,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 
 def kv_cache_write(
@@ -132,6 +132,7 @@ register(
         reference=_on_copies(reference.kv_cache_write),
         torch_ops=("kv_cache_write",),
         samples=_samples,
+        dtypes=CPU_AND_CUDA,
         features=("any page size", "converting", "int8 with a scale per token and head", "padding tokens"),
         benchmarks=_benchmarks,
         peer=_on_copies(_peer),

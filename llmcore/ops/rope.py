@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 
 def rope_tables(
@@ -201,6 +201,7 @@ register(
         reference=reference.rope,
         torch_ops=("rope",),
         samples=_samples,
+        dtypes=CPU_AND_CUDA,
         features=(*_FEATURES, "backward"),
         benchmarks=_benchmarks,
         peer=_peer,
@@ -214,6 +215,7 @@ register(
         reference=_on_copy(reference.rope_),
         torch_ops=("rope_",),
         samples=_in_place_samples,
+        dtypes=CPU_AND_CUDA,
         features=(*_FEATURES, "in place", "backward"),
         bytes=_bytes,
     )

@@ -45,11 +45,11 @@ std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
 ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 
-WITHOUT_CUDA_KERNEL(dyt_forward, DytParams)
-WITHOUT_CUDA_KERNEL(dyt_backward, DytBackwardParams)
+ON_THE_EMULATOR(dyt_forward, DytParams)
+ON_THE_EMULATOR(dyt_backward, DytBackwardParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm, GroupedGemmParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm_weight_grad, GroupedGemmWeightGradParams)
-WITHOUT_CUDA_KERNEL(kv_cache_write, KvCacheWriteParams)
+ON_THE_EMULATOR(kv_cache_write, KvCacheWriteParams)
 ON_THE_EMULATOR(layer_norm_forward, NormParams)
 ON_THE_EMULATOR(layer_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
@@ -60,7 +60,7 @@ WITHOUT_CUDA_KERNEL(moe_route_forward, MoeRouteParams)
 WITHOUT_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
 ON_THE_EMULATOR(rms_norm_forward, NormParams)
 ON_THE_EMULATOR(rms_norm_backward, NormBackwardParams)
-WITHOUT_CUDA_KERNEL(rope, RopeParams)
+ON_THE_EMULATOR(rope, RopeParams)
 
 // Attention in float32 has no CUDA kernel.
 void attention_forward(const AttentionParams& p, const Parallel& par) {

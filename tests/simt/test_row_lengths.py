@@ -1,5 +1,5 @@
 """Row lengths that the registry's samples, which are small, leave out: one for every team of threads that
-csrc/cuda/norm.cu and dyt.cu give a row to, and rows that no team can hold."""
+csrc/cuda gives a row to, and rows that no team can hold."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tests.simt.test_registry import EMULATED, emulated  # noqa: F401  (a fixtur
 pytestmark = pytest.mark.skipif(
     EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)"
 )
-# Multiples of 8 are read 16 bytes at a time; 8200 and 4101 are longer than the largest team holds.
-LENGTHS = (128, 264, 1032, 4104, 8200, 259, 2051, 4101)
+# Multiples of 8 (16 where int8 is written) are read 16 bytes at a time; 8200 and 4101 are longer than the largest team
+# holds.
+LENGTHS = (128, 264, 1040, 4104, 8200, 259, 2051, 4101)
 
 
 def samples(name: str, dim: int, dtype: torch.dtype):
@@ -34,11 +35,18 @@ def samples(name: str, dim: int, dtype: torch.dtype):
         yield Sample(f"{dim}, residual", (x, weight, 1e-6, randn(35, dim)), differentiable=(0, 1, 3))
     if name == "layer_norm":
         yield Sample(f"{dim}", (x + 10, weight, bias, 1e-5, randn(35, dim)), differentiable=(0, 1, 2, 4))
+    if name == "kv_cache_write":
+        k, v, slots = randn(3, 2, dim), randn(3, 2, dim), torch.tensor([5, 0, 3])
+        for cache_dtype in (torch.int8, dtype):
+            k_cache, v_cache = torch.zeros(2, 2, 3, 2, dim, dtype=cache_dtype)
+            int8 = cache_dtype == torch.int8
+            scales = {"k_scale": torch.zeros(2, 3, 2), "v_scale": torch.zeros(2, 3, 2)} if int8 else {}
+            yield Sample(f"{dim}, {cache_dtype}", (k, v, k_cache, v_cache, slots), scales)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("dim", LENGTHS)
-@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("name", ["dyt", "kv_cache_write", "layer_norm", "rms_norm"])
 def test_row_length(name, dim, dtype, emulated):  # noqa: F811
     for sample in samples(name, dim, dtype):
         with llmcore.backend("kernel"), torch.random.fork_rng():
