@@ -20,11 +20,13 @@ REPORTED = 66  # what `races` ends with at the first report
 
 
 def launchers() -> list[str]:
-    """The kernels that csrc/include declares and csrc/cuda defines."""
+    """The kernels that csrc/include or a header of csrc/cuda declares, and csrc/cuda defines."""
     csrc = HERE.parents[1] / "csrc"
     headers = "".join(path.read_text() for path in sorted((csrc / "include/llmcore").glob("*.h")))
     sources = "".join(path.read_text() for path in sorted((csrc / "cuda").glob("*.cu")))
     declared = re.findall(r"^LLMCORE_CUDA_KERNEL\((\w+),", headers, re.MULTILINE)
+    internal = "".join(path.read_text() for path in sorted((csrc / "cuda").glob("*.cuh")))
+    declared += re.findall(r"^Status (\w+)\(const \w+Params& p, const Device& device\);", internal, re.MULTILINE)
     return [name for name in declared if re.search(rf"^Status {name}\(", sources, re.MULTILINE)]
 
 

@@ -34,7 +34,12 @@ std::vector<double> values(const Tensor& tensor) {
   return result;
 }
 
-void prepare(const Output& output) { output.tensor.fill_bytes(output.zeroed ? 0 : 0xff); }
+void prepare(const Output& output) {
+  if (output.replaces)
+    output.tensor.copy_from(*output.replaces);
+  else
+    output.tensor.fill_bytes(output.zeroed ? 0 : 0xff);
+}
 
 void compare(const char* label, const Output& output, const std::vector<double>& expected) {
   double largest = 0;
@@ -67,17 +72,22 @@ const llmcore::Parallel kSerial{1, run_serially};
 
 void Tensor::Delete::operator()(unsigned char* bytes) const { ::operator delete(bytes, std::align_val_t(16)); }
 
-Tensor::Tensor(DType dtype, int64_t n)
+Tensor::Tensor(DType dtype, int64_t n, int64_t bytes_of_element)
     : dtype_(dtype),
       size_(n),
-      num_bytes_(n * bytes_of(dtype)),
+      num_bytes_(n * bytes_of_element),
       bytes_(static_cast<unsigned char*>(::operator new(std::max<int64_t>(num_bytes_, 1), std::align_val_t(16)))) {
   fill_bytes(0xff);
 }
+Tensor::Tensor(DType dtype, int64_t n) : Tensor(dtype, n, bytes_of(dtype)) {}
+Tensor Tensor::doubles(int64_t n) { return Tensor(DType::f32, n, 8); }
 
 void Tensor::fill_bytes(int byte) { memset(data(), byte, num_bytes_); }
 
+void Tensor::copy_from(const Tensor& other) { memcpy(data(), other.data(), num_bytes_); }
+
 double Tensor::get(int64_t i) const {
+  if (num_bytes_ == 8 * size_) return as<double>()[i];
   switch (dtype_) {
     case DType::f32: return as<float>()[i];
     case DType::f16: return simt::f16_value(as<uint16_t>()[i]);

@@ -22,6 +22,7 @@ constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f16};
 class Tensor {
  public:
   Tensor(DType dtype, int64_t n);
+  static Tensor doubles(int64_t n);  // float64, which no op has but some sums
   void* data() const { return bytes_.get(); }
   template <class T>
   T* as() const {
@@ -31,10 +32,12 @@ class Tensor {
   double get(int64_t i) const;
   void set(int64_t i, double value);  // rounded to the dtype
   void fill_bytes(int byte);
+  void copy_from(const Tensor& other);
   DType dtype() const { return dtype_; }
 
  private:
-  DType dtype_;
+  Tensor(DType dtype, int64_t n, int64_t bytes_of_element);
+  DType dtype_;  // of doubles: float32, which is how exact they are expected to be
   int64_t size_, num_bytes_;
   struct Delete {
     void operator()(unsigned char* bytes) const;
@@ -45,13 +48,15 @@ class Tensor {
 Tensor random_normal(DType dtype, int64_t n);  // another one at every call, the same in every run
 Tensor random_uniform(DType dtype, int64_t n, double low, double high);
 
-// What a kernel writes. Before each run it holds NaN, or zeros where the kernel adds to it.
+// What a kernel writes. Before each run it holds NaN, or zeros where the kernel adds to it, or a copy of what the
+// kernel replaces in place.
 struct Output {
   const char* name;
   Tensor& tensor;
   bool zeroed = false;
   // Largest difference, as a part of the largest magnitude, that counts as agreement; 0: the dtype's usual one.
   double tolerance = 0;
+  const Tensor* replaces = nullptr;
 };
 
 constexpr llmcore::cuda::Device kDevice{nullptr, 3};
