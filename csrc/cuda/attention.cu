@@ -66,7 +66,8 @@ PTX_DEVICE void softmax(float factor, float (&s)[kFragments][kScoreTiles][4], fl
 }
 
 template <class T, int kIndex>
-__global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(AttentionParams p, Rows copies) {
+__global__ void __launch_bounds__(kForwardTiles[kIndex].threads(), kForwardTiles[kIndex].ctas)
+    forward(AttentionParams p, Rows copies) {
   constexpr Tile kTile = kForwardTiles[kIndex];
   constexpr bool kAny = kTile.any_head_dim();
   constexpr int kRows = kTile.rows(), kThreads = kTile.threads(), kKeys = kTile.keys, kFragments = kTile.fragments;
