@@ -21,6 +21,16 @@ constexpr float kLag = 8.f;
 
 constexpr int64_t kMaxHeadDim = 576;  // 64 rows of queries in 72 KiB of shared memory
 
+// What a CTA is to do; at the start of its shared memory.
+struct Plan {
+  Task task;
+  int last_row;      // of the task
+  KeyRange keys;     // that some row of it sees by position
+  RowsView view[8];  // of each warp
+};
+constexpr int kPlanBytes = 256;
+static_assert(sizeof(Plan) <= kPlanBytes && kPlanBytes % 128 == 0, "tiles behind it start at the first bank");
+
 struct Rows {  // which tensors can be moved 16 bytes at a time
   bool q, k, v, out;
 };
@@ -57,7 +67,8 @@ PTX_DEVICE void softmax(float factor, float (&s)[kFragments][kScoreTiles][4], fl
 }
 
 template <class T, int kIndex>
-__global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(AttentionParams p, Rows copies) {
+__global__ void __launch_bounds__(kForwardTiles[kIndex].threads(), kForwardTiles[kIndex].ctas)
+    forward(AttentionParams p, Rows copies) {
   constexpr Tile kTile = kForwardTiles[kIndex];
   constexpr bool kAny = kTile.any_head_dim();
   constexpr int kRows = kTile.rows(), kThreads = kTile.threads(), kKeys = kTile.keys, kFragments = kTile.fragments;
@@ -67,19 +78,38 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
   const AttentionShape& shape = p.shape;
   const AttentionMask& mask = p.mask;
 
-  Task task;
-  if (!find_task(shape, kRows, blockIdx.x, gridDim.x, task) || task.first_row >= task.num_rows) return;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = task.group;
+  // What is the same for a whole warp and seldom needed stays in shared memory: accumulators and scores take nearly all
+  // registers.
+  PTX_SHARED_MEMORY(shared);
+  Plan& plan = *reinterpret_cast<Plan*>(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = 16 * kFragments * warp;  // its first, within the tile
+  const Band band = band_of(mask);
+  {
+    Task found;
+    if (!find_task(shape, kRows, blockIdx.x, gridDim.x, found) || found.first_row >= found.num_rows) return;
+    const int first = found.first_row + warp_row;
+    if (lane == 0) plan.view[warp] = view_rows(band, found, first, first + 16 * kFragments - 1);
+    if (threadIdx.x == 0) {
+      plan.task = found;
+      plan.last_row = smaller(found.first_row + kRows, found.num_rows) - 1;
+      plan.keys = view_rows(band, found, found.first_row, plan.last_row).any;
+    }
+    ptx::syncthreads();
+  }
+  const Task& task = plan.task;
+  const RowsView& view = plan.view[warp];
   const int head_dim = static_cast<int>(shape.head_dim), v_begin = static_cast<int>(blockIdx.y) * kTile.out_columns();
   const int v_dim = smaller(static_cast<int>(shape.v_head_dim) - v_begin, kTile.out_columns());
   const int k_items = kAny ? ceil_div(head_dim, kTile.k_columns) : 1;
   const int v_items = kAny ? ceil_div(v_dim, kTile.v_columns) : 1;
 
-  PTX_SHARED_MEMORY(shared);  // the queries, later the output; then the ring
+  // Shared memory: the plan, the queries (in the end the output), the ring.
   const int q_pitch = kAny ? row_pitch(head_dim) : kKPitch;
-  const uint32_t ring = kRows * larger(q_pitch, kOutPitch), address = ptx::shared_address(shared);
+  const uint32_t address = ptx::shared_address(shared), ring = kPlanBytes + kRows * larger(q_pitch, kOutPitch);
 
   // ---- the producer: brings one item after the other into the ring
+  // (with one K and one V item in a tile, the caller knows which is next)
   const auto key_offset = [&](const RowStrides& strides, int key) {
     const int64_t head = task.kv_head * strides.head;
     if (!shape.block_table) return head + task.b * strides.batch + (task.seq.k_start + key) * strides.row;
@@ -93,13 +123,16 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
     const int64_t block = shape.block_table[task.b * shape.table_stride + key / block_size];
     return scales[(block * block_size + key % block_size) * shape.kv_heads + task.kv_head];
   };
-  const int last_row = smaller(task.first_row + kRows, task.num_rows) - 1;
-  const Band band = band_of(mask);
-  KeyTiles<kKeys> tiles{task.first_row, last_row, view_rows(band, task, task.first_row, last_row).any, 0, 0};
-  int tile = tiles.first(mask, task), item = -1;  // that it is at: K items, then V items; tile is -1 after the last
+  KeyTiles<kKeys> tiles;
+  tiles.start(plan.keys);
+  int item = k_items + v_items - 1;  // of the tile it is at: K items, then V items
   const auto produce = [&](int slot, bool is_k) {
-    if (++item == k_items + v_items && tile >= 0) item = 0, tile = tiles.next(mask, task, tile);
-    if (tile < 0) return;
+    if (kAny ? ++item == k_items + v_items : is_k) {
+      tiles.advance(mask, task, plan.last_row, plan.keys);
+      item = 0;
+    }
+    if (tiles.at == kNoTile) return;
+    const int tile = tiles.at;
     const int first_key = tile * kKeys, keys = smaller(task.seq.num_k - first_key, kKeys);
     const uint32_t to = ring + slot * kTile.slot_bytes();
     if (kAny ? item < k_items : is_k)
@@ -129,8 +162,7 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
   };
 
   // ---- what each warp holds
-  const int warp_row = 16 * kFragments * warp, first_row = task.first_row + warp_row;
-  const RowsView view = view_rows(band, task, first_row, first_row + 16 * kFragments - 1);
+  const int first_row = task.first_row + warp_row;
   const float factor = exponent_factor(mask);
   const uint32_t q_lane = lane_offset_a(q_pitch), k_lane = lane_offset_b(kKPitch), v_lane = lane_offset_a(kVPitch);
   float out[kFragments][kOutTiles][4] = {}, top[kFragments][2], total[kFragments][2];
@@ -142,31 +174,31 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
       total[f][half] = 0.f;
       if (mask.sinks) {  // a sink is a score whose value is the zero vector; one of the row's four lanes counts it
         const int row = first_row + 16 * f + 8 * half + lane / 4;
-        top[f][half] = mask.sinks[task.kv_head * group + row % group] * kLog2e;
+        top[f][half] = mask.sinks[task.kv_head * task.group + row % task.group] * kLog2e;
         total[f][half] = lane % 4 == 0 ? 1.f : 0.f;
       }
     }
   const auto load_queries = [&](int step, uint32_t(&a)[kFragments][4]) {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
-      ptx::ldmatrix_x4(a[f], address + (warp_row + 16 * f) * q_pitch + at_step(q_lane, step));
+      ptx::ldmatrix_x4(a[f], address + kPlanBytes + (warp_row + 16 * f) * q_pitch + at_step(q_lane, step));
   };
   uint32_t queries[kTile.queries_in_registers ? kKSteps : 1][kFragments][4];
 
   // ---- the first copies
-  if (tile >= 0) {
+  produce(0, true);
+  if (tiles.at != kNoTile) {
     for (int column = 0; column < head_dim; column += kTile.k_columns) {
       stage_rows<T, kRows, kTile.k_columns, kThreads>(
-          shared, 2 * column / 128 * 128, q_pitch, {p.q, p.q_dtype, copies.q}, task.num_rows - task.first_row, column,
+          shared, kPlanBytes + 2 * column, q_pitch, {p.q, p.q_dtype, copies.q}, task.num_rows - task.first_row, column,
           head_dim, [&](int i) {
             const int row = task.first_row + i;
-            return RowPlace{task.b * p.q_strides.batch + (task.seq.q_start + row / group) * p.q_strides.row +
-                                (task.kv_head * group + row % group) * p.q_strides.head,
+            return RowPlace{task.b * p.q_strides.batch + (task.seq.q_start + row / task.group) * p.q_strides.row +
+                                (task.kv_head * task.group + row % task.group) * p.q_strides.head,
                             1.f};
           });
       if (!kAny) break;
     }
-    produce(0, true);
     ptx::copy_commit();
     produce(1, false);
     ptx::copy_commit();
@@ -179,7 +211,7 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
   }
 
   // ---- the tiles of keys. Behind the last item of one, the producer is at the next.
-  for (int at = tile; at >= 0; at = tile) {
+  for (int at = tiles.at; at != kNoTile; at = tiles.at) {
     const int first_key = at * kKeys, last_key = first_key + kKeys - 1;
     if (first_key > view.any.last || last_key < view.any.first) {  // none of the warp's rows sees any of it
       for (int i = 0; i < k_items + v_items; ++i) next_item(i < k_items);
@@ -208,18 +240,12 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
       }
     }
 
-    if (ready_first(mask)) {
-#pragma unroll
-      for (int i = 0; i < kFragments * kKeys / 2; ++i) {
-        float& score = s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4];
-        score = ready_score(mask, score);
-      }
-    }
+    if (ready_first(mask)) ready_scores(mask, s);
     const int key = first_key + 2 * (lane % 4);
     if (first_key < view.all.first || last_key > view.all.last) {
 #pragma unroll
       for (int i = 0; i < 2 * kFragments; ++i) {
-        const int query = (first_row + 8 * i + lane / 4) / group;
+        const int query = (first_row + 8 * i + lane / 4) / task.group;
         mask_by_position(visible_keys(band, task.seq.num_k, position_of(task.seq, query)), key, i % 2, s[i / 2]);
       }
     }
@@ -267,10 +293,10 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
       const float sum = row_sum(total[f][half]), inverse = sum == 0.f ? 0.f : 1.f / sum;
 #pragma unroll
       for (int j = 0; j < kOutTiles; ++j)
-        *reinterpret_cast<uint32_t*>(shared + chunk_offset(kOutPitch, local, j) + lane % 4 * 4) =
+        *reinterpret_cast<uint32_t*>(shared + kPlanBytes + chunk_offset(kOutPitch, local, j) + lane % 4 * 4) =
             pack2(T{}, out[f][j][2 * half] * inverse, out[f][j][2 * half + 1] * inverse);
       if (p.lse && lane % 4 == 0 && row < task.num_rows && blockIdx.y == 0) {
-        const int64_t query = task.seq.q_start + row / group, head = task.kv_head * group + row % group;
+        const int64_t query = task.seq.q_start + row / task.group, head = task.kv_head * task.group + row % task.group;
         p.lse[task.b * p.lse_batch + head * p.lse_head + query] =
             sum == 0.f ? kNegInf : top[f][half] * kLn2 + logf(sum);
       }
@@ -281,9 +307,10 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads()) forward(Atten
     const int row = task.first_row + local, count = smaller(v_dim - 8 * chunk, 8);
     if (row >= task.num_rows || count <= 0) continue;
     T* to = static_cast<T*>(p.out) + task.b * p.out_strides.batch +
-            (task.seq.q_start + row / group) * p.out_strides.row +
-            (task.kv_head * group + row % group) * p.out_strides.head + v_begin + 8 * chunk;
-    const ptx::Vec16 x = *reinterpret_cast<const ptx::Vec16*>(shared + chunk_offset(kOutPitch, local, chunk));
+            (task.seq.q_start + row / task.group) * p.out_strides.row +
+            (task.kv_head * task.group + row % task.group) * p.out_strides.head + v_begin + 8 * chunk;
+    const ptx::Vec16 x =
+        *reinterpret_cast<const ptx::Vec16*>(shared + kPlanBytes + chunk_offset(kOutPitch, local, chunk));
     if (copies.out && count == 8) {
       ptx::store_global_16(to, x);
     } else {
@@ -313,7 +340,8 @@ Status with_tile(const AttentionParams& p, const Device& device) {
   const int64_t tasks = task_bound(p.shape, kTile.rows()) * p.shape.kv_heads;
   if (tasks > INT32_MAX) return "attention: more blocks of queries than a grid may have";
   const int q_pitch = row_pitch(kTile.any_head_dim() ? static_cast<int>(p.shape.head_dim) : kTile.k_columns);
-  const int shared_bytes = kTile.rows() * larger(q_pitch, row_pitch(kTile.out_columns())) + kSlots * kTile.slot_bytes();
+  const int shared_bytes =
+      kPlanBytes + kTile.rows() * larger(q_pitch, row_pitch(kTile.out_columns())) + kSlots * kTile.slot_bytes();
   const bool same_type = p.kv_dtype == p.q_dtype && !p.k_scale;
   const Rows copies{rows_fit(p.q, p.q_strides), same_type && rows_fit(p.k, p.k_strides),
                     same_type && rows_fit(p.v, p.v_strides), rows_fit(p.out, p.out_strides)};

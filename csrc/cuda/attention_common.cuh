@@ -149,34 +149,40 @@ PTX_DEVICE bool block_mask_sees(const AttentionMask& m, const Task& t, int first
   return false;
 }
 
-// The tiles of kKeys keys that some row of a task sees, in rising order. All lanes of a warp must ask together.
+// Goes over the tiles of kKeys keys that some row of a task sees, in rising order; `keys` are those seen by position.
+constexpr int kNoTile = 0x7fffffff;
 template <int kKeys>
 struct KeyTiles {
-  int first_row, last_row;
-  KeyRange keys;   // seen by position
-  int base;        // with a block mask: of the 32 tiles from here on,
-  uint32_t ahead;  // those that are seen and have not been handed out (bit i: base + i)
+  int at;          // the tile at hand; kNoTile behind the last one
+  int base;        // With a block mask: of the 32 tiles from here on,
+  uint32_t ahead;  // those that are seen and still to come (bit i: base + i).
 
-  __device__ __forceinline__ int first(const AttentionMask& m, const Task& t) {
-    base = keys.first / kKeys - 32;
+  __device__ __forceinline__ void start(const KeyRange& keys) {  // before the first
+    at = keys.last < keys.first ? kNoTile : keys.first / kKeys - 1;
+    base = at - 31;
     ahead = 0;
-    if (keys.last < keys.first) return -1;
-    return next(m, t, keys.first / kKeys - 1);
   }
-  // After `tile`; -1 when there are none.
-  __device__ __forceinline__ int next(const AttentionMask& m, const Task& t, int tile) {
-    if (!m.block_mask) return (tile + 1) * kKeys <= keys.last ? tile + 1 : -1;
+  // All lanes of a warp must ask together.
+  __device__ __forceinline__ void advance(const AttentionMask& m, const Task& t, int last_row, const KeyRange& keys) {
+    if (at == kNoTile) return;
+    if (!m.block_mask) {
+      at = (at + 1) * kKeys <= keys.last ? at + 1 : kNoTile;
+      return;
+    }
     while (!ahead) {
       base += 32;
-      if (base * kKeys > keys.last) return -1;
+      if (base * kKeys > keys.last) {
+        at = kNoTile;
+        return;
+      }
       const int first_key = (base + static_cast<int>(threadIdx.x % 32)) * kKeys;
       const KeyRange part{larger(first_key, keys.first), smaller(first_key + kKeys - 1, keys.last)};
-      ahead = ptx::ballot(part.first <= part.last && block_mask_sees(m, t, first_row, last_row, part));
+      ahead = ptx::ballot(part.first <= part.last && block_mask_sees(m, t, t.first_row, last_row, part));
     }
     int i = 0;
     while (!(ahead >> i & 1)) ++i;
     ahead &= ahead - 1;
-    return base + i;
+    at = base + i;
   }
 };
 
@@ -221,10 +227,22 @@ PTX_DEVICE void mask_by_blocks(const AttentionMask& m, const Task& t, int row, i
 // scores by exponents beforehand and the factor is 1.
 PTX_DEVICE bool ready_first(const AttentionMask& m) { return m.softcap > 0 || m.scale <= 0; }
 PTX_DEVICE float exponent_factor(const AttentionMask& m) { return ready_first(m) ? 1.f : m.scale * kLog2e; }
-PTX_DEVICE float ready_score(const AttentionMask& m, float score) {
-  // tanhf: the approximate instruction's error times the cap would be larger than the rounding of a probability
-  if (m.softcap > 0) return tanhf(score * (m.scale / m.softcap)) * (m.softcap * kLog2e);
-  return score * (m.scale * kLog2e);
+template <int kFragments, int kTiles>
+PTX_DEVICE void ready_scores(const AttentionMask& m, float (&s)[kFragments][kTiles][4]) {
+  const float in = m.softcap > 0 ? m.scale / m.softcap : 0.f, out = m.softcap * kLog2e, factor = m.scale * kLog2e;
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      float(&x)[4] = s[f][j];
+      // tanhf: the approximate instruction's error times the cap would exceed the rounding of a probability
+      if (m.softcap > 0)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] = tanhf(x[e] * in) * out;
+      else
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] *= factor;
+    }
 }
 
 // ---- tiles of rows in shared memory --------------------------------------------------------------------------------

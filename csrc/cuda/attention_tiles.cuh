@@ -19,6 +19,7 @@ struct Tile {
   int keys;
   int k_columns, v_columns;   // of an item
   int v_items;                // V items whose accumulators a thread holds
+  int ctas;                   // on a multiprocessor at a time, by registers and shared memory
   bool queries_in_registers;  // through the whole loop, else read from shared memory for every tile of keys
 
   __host__ __device__ constexpr int rows() const { return 16 * fragments * warps; }
@@ -36,20 +37,19 @@ constexpr int kSlots = 3;
 // Registers of a thread: fragments * (v_columns * v_items / 2 accumulators + keys / 2 scores), of at most 255.
 constexpr Tile kForwardTiles[] = {
     // 64 + 64 registers leave room for the queries (32). Shared: 16 + 3 * 8 KiB.
-    {64, 64, 4, 2, 64, 64, 64, 1, true},
+    {64, 64, 4, 2, 64, 64, 64, 1, 2, true},
     // 96 + 64 registers. Rows of 192 bytes take the room of 256: the swizzle permutes 128 bytes.
-    {96, 96, 4, 2, 64, 96, 96, 1, false},
+    {96, 96, 4, 2, 64, 96, 96, 1, 2, false},
     // 128 + 64 registers. Shared: 32 + 3 * 16 KiB, so that two CTAs fit into the 164 KiB of an sm_80.
-    {128, 128, 4, 2, 64, 128, 128, 1, false},
+    {128, 128, 4, 2, 64, 128, 128, 1, 2, false},
     // Shared: 48 + 3 * 24 KiB, one CTA: eight warps, to overlap the products of some with the exponentials of others.
-    {192, 128, 8, 1, 64, 192, 128, 1, false},
+    {192, 128, 8, 1, 64, 192, 128, 1, 1, false},
     // 128 + 32 registers. Shared: 64 + 3 * 32 KiB = 160 of at most 163 KiB.
-    {256, 256, 8, 1, 64, 256, 256, 1, false},
+    {256, 256, 8, 1, 64, 256, 256, 1, 1, false},
     // Any head size: as many items of 64 columns as K has; V by groups of 256 columns, one CTA for each group, which
     // forms the scores anew. 128 + 32 registers. Shared: 64 rows of the queries + 3 * 8 KiB.
-    {0, 0, 4, 1, 64, 64, 64, 4, false},
+    {0, 0, 4, 1, 64, 64, 64, 4, 2, false},
 };
-constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
 }  // namespace cuda
 }  // namespace llmcore
