@@ -4,479 +4,15 @@
 // docs/cuda-decode.md tells it from above.
 #include "attention_decode.cuh"
 
-#include <utility>
+#include <type_traits>
 
+#include "attention_decode_warp.cuh"
 #include "launch.cuh"
-#include "vec.cuh"
 
 namespace llmcore {
 namespace cuda {
+namespace decode {
 namespace {
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f, kInfinity = __builtin_inff();
-
-// ---- tiles ---------------------------------------------------------------------------------------------------------
-
-// A CTA's share of the work at a time. Each warp has 16 rows, keys / key groups of the keys, and v_head / column_groups
-// of the columns of v: its accumulator takes 8 registers a lane for every 16 columns, hence column groups where v is
-// wide. With 16 rows there are 4 warps, with 64 rows 4 * column_groups.
-struct Tile {
-  int head, v_head;   // head sizes of q and k, and of v; smaller ones are padded with zeros in shared memory
-  int rows;           // of queries: (new token, query head of the group)
-  int keys;           // per stage
-  int stages;         // of K and V in shared memory, all but one of them in flight
-  int column_groups;  // a power of 2
-  bool latent;        // v is the first columns of k, the same memory: MLA's compressed cache
-};
-// The first that fits a call is taken. Keys and stages are as many as leave an SM of 164 KiB (sm_80) two CTAs with 16
-// rows, so that one computes while another waits; 64 rows of 576 leave room for one.
-constexpr Tile kTiles[] = {
-    {64, 64, 16, 64, 3, 1, false},   {64, 64, 64, 64, 3, 1, false},    //
-    {96, 96, 16, 64, 2, 1, false},   {96, 96, 64, 64, 2, 1, false},    // 16-bit caches only, see chunks below
-    {128, 128, 16, 64, 2, 1, false}, {128, 128, 64, 64, 2, 1, false},  //
-    {192, 128, 16, 64, 2, 1, false}, {192, 128, 64, 32, 2, 1, false},  // MLA, decompressed
-    {256, 256, 16, 32, 2, 2, false}, {256, 256, 64, 32, 2, 2, false},  //
-    {576, 512, 16, 32, 2, 2, true},  {576, 512, 64, 32, 2, 2, true},   // MLA
-    {576, 512, 16, 32, 2, 2, false}, {576, 512, 64, 16, 2, 2, false},  // twice the bytes per key
-};
-constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
-
-// A tile of rows in shared memory, in chunks of 16 bytes. ldmatrix reads the same chunk of 8 consecutive rows: their
-// addresses must differ modulo 128 bytes, which an XOR with the row does as far as the row length doesn't by itself.
-template <int Chunks>
-struct SwizzledRows {
-  static constexpr int kChunks = Chunks, kBytes = 16 * Chunks;
-  static constexpr int kRun = Chunks % 8 == 0 ? 8 : Chunks % 4 == 0 ? 4 : Chunks % 2 == 0 ? 2 : 1;
-  PTX_DEVICE uint32_t at(uint32_t row, uint32_t chunk) {
-    return (row * Chunks + (chunk ^ row / (8 / kRun) % kRun)) * 16;
-  }
-};
-
-struct KeyRow {
-  int64_t offset[2];  // of the key's rows in the caches of K and V, in bytes; -1: no key, zeros
-};
-struct KeyScales {
-  float k, v;
-};
-struct RowStats {
-  float highest, total;  // of the exponents of 2 a row has seen, and the sum of their powers less the highest
-};
-
-// Everything about a kernel that is known when it is compiled; bytes of shared memory.
-template <bool Int8, int Index>
-struct Layout {
-  static constexpr Tile kTile = kTiles[Index];
-  static constexpr int kRowTiles = kTile.rows / 16;
-  static constexpr int kWarps = kRowTiles == 1 ? 4 : kRowTiles * kTile.column_groups, kThreads = 32 * kWarps;
-  static constexpr int kKeyGroups = kWarps / kRowTiles / kTile.column_groups;
-  static constexpr int kGroupKeys = kTile.keys / kKeyGroups;           // whose probabilities a warp multiplies with V
-  static constexpr int kOwnKeys = kGroupKeys / kTile.column_groups;    // whose scores it computes itself
-  static constexpr int kColumns = kTile.v_head / kTile.column_groups;  // of V, per warp
-  static constexpr int kElements = Int8 ? 16 : 8;                      // of the caches, in a chunk of 16 bytes
-  static constexpr int kStages = Int8 ? 2 * kTile.stages - 1 : kTile.stages;  // as many bytes in flight
-  using Q = SwizzledRows<kTile.head / 8>;
-  using K = SwizzledRows<kTile.head / kElements>;
-  using V = SwizzledRows<(kTile.latent ? kTile.head : kTile.v_head) / kElements>;
-
-  static constexpr int kStage0 = kTile.rows * Q::kBytes;
-  static constexpr int kV = kTile.latent ? 0 : kTile.keys * K::kBytes;  // within a stage
-  static constexpr int kStage = kV + kTile.keys * V::kBytes;
-  // At the end the accumulators of the key groups meet where the stages were.
-  static constexpr int kAccumulator = kColumns / 8 * 512, kMerge = kKeyGroups > 1 ? kWarps *kAccumulator : 0;
-  static constexpr int kRows0 =
-      kStage0 +
-      (kStages * kStage > kMerge ? kStages * kStage : kMerge);  // KeyRow of the next tiles to be copied, two of them
-  static constexpr int kScales0 = kRows0 + 2 * kTile.keys * static_cast<int>(sizeof(KeyRow));
-  static constexpr int kExchange0 = kScales0 + (Int8 ? kStages * kTile.keys * static_cast<int>(sizeof(KeyScales)) : 0);
-  static constexpr int kExchange = kOwnKeys / 8 * 512;  // a warp's own scores
-  static constexpr int kStats0 = kExchange0 + (kTile.column_groups > 1 ? kWarps * kExchange : 0);
-  static constexpr int kBytes = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
-
-  static_assert(kOwnKeys % 8 == 0 && kGroupKeys % 16 == 0, "the N of scores and the K of P V");
-  static_assert(K::kChunks % 4 == 0 && kColumns % (2 * kElements) == 0,
-                "ldmatrix.x4 takes 4 chunks of a row of K, 2 of V");
-};
-
-constexpr bool tile_exists(bool int8, int index) { return !int8 || kTiles[index].head % 64 == 0; }
-
-// ---- what the launcher decides -------------------------------------------------------------------------------------
-
-struct Plan {
-  int splits;
-  bool q_vectors, k_vectors, v_vectors;  // rows can be copied 16 bytes at a time
-  int64_t width;                         // of a row of partial sums: v_head_dim to a multiple of 16
-  float* sums;                           // (total_q, heads, splits, width)
-  RowStats* stats;                       // (total_q, heads, splits)
-};
-
-// ---- the caches, on their way to shared memory ---------------------------------------------------------------------
-
-PTX_DEVICE float element(const void* base, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::bf16: return to_float(static_cast<const bf16*>(base)[index]);
-    case DType::f16: return to_float(static_cast<const f16*>(base)[index]);
-    default: return static_cast<const float*>(base)[index];
-  }
-}
-
-// Elements [first, first + 8) of a row of `count`, as T; zeros beyond.
-template <class T>
-PTX_DEVICE ptx::Vec16 converted_chunk(const void* row, DType dtype, int first, int count) {
-  ptx::Vec16 v;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = first + 2 * i;
-    const float low = at < count ? element(row, dtype, at) : 0.f;
-    v.x[i] = pack2(T{}, low, at + 1 < count ? element(row, dtype, at + 1) : 0.f);
-  }
-  return v;
-}
-
-PTX_DEVICE ptx::Vec16 int8_chunk(const void* row, int first, int count) {
-  ptx::Vec16 v{};
-#pragma unroll
-  for (int i = 0; i < 16; ++i)
-    if (first + i < count)
-      v.x[i / 4] |= static_cast<uint32_t>(static_cast<const uint8_t*>(row)[first + i]) << 8 * (i % 4);
-  return v;
-}
-
-PTX_DEVICE int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-
-// One tile of K (operand 0) or V (1) of `dim` columns to shared memory, by the whole CTA.
-template <class T, bool Int8, class Rows, int Keys, int Threads>
-PTX_DEVICE void copy_tile(uint8_t* to, const void* cache, const KeyRow* rows, int operand, int dim, DType dtype,
-                          bool vectors) {
-  constexpr int kElements = Int8 ? 16 : 8;
-  const auto* bytes = static_cast<const uint8_t*>(cache);
-  for (int i = static_cast<int>(threadIdx.x); i < Keys * Rows::kChunks; i += Threads) {
-    const int key = i / Rows::kChunks, chunk = i % Rows::kChunks, first = chunk * kElements;
-    const int64_t offset = rows[key].offset[operand];
-    uint8_t* at = to + Rows::at(key, chunk);
-    const int count = offset < 0 ? 0 : dim;
-    if (vectors) {
-      const int size = clamp((count - first) * (16 / kElements), 0, 16);
-      ptx::copy_async_16(ptx::shared_address(at), size ? bytes + offset + 16 * chunk : bytes, size);
-    } else if constexpr (Int8) {
-      *reinterpret_cast<ptx::Vec16*>(at) = int8_chunk(bytes + offset, first, count);
-    } else {
-      *reinterpret_cast<ptx::Vec16*>(at) = converted_chunk<T>(bytes + offset, dtype, first, count);
-    }
-  }
-}
-
-// Finds the rows of a CTA's keys: thread i those of key i of every tile. The way from the block table over an address
-// to the copy is long, so each step is taken a tile ahead of the next: what is read from global memory waits in
-// registers for one tile, then goes to shared memory, from where all threads copy one tile later.
-template <bool Int8, class L>
-class RowFinder {
- public:
-  __device__ RowFinder(const AttentionParams& p, uint8_t* memory, int64_t b, int64_t kv_head, int first, int last)
-      : p_(p),
-        table_(p.shape.block_table + b * p.shape.table_stride),
-        rows_(reinterpret_cast<KeyRow*>(memory + L::kRows0)),
-        scales_(reinterpret_cast<KeyScales*>(memory + L::kScales0)),
-        kv_head_(kv_head),
-        key_(first + static_cast<int>(threadIdx.x)),
-        last_(threadIdx.x < L::kTile.keys ? last : -1) {}
-
-  // Begins to read the block of the thread's key in tile i.
-  __device__ void look_up(int i) {
-    const int key = key_ + i * L::kTile.keys;
-    if (key <= last_) block_ = table_[static_cast<uint32_t>(key) / static_cast<uint32_t>(p_.shape.block_size)];
-  }
-
-  // Writes the offsets for tile i, the one looked up last, and begins to read its scales.
-  __device__ void publish(int i) {
-    if (threadIdx.x >= L::kTile.keys) return;
-    const int key = key_ + i * L::kTile.keys;
-    KeyRow row{{-1, -1}};
-    if constexpr (Int8) next_ = {0.f, 0.f};
-    if (key <= last_) {
-      const int64_t block = block_, slot = static_cast<uint32_t>(key) % static_cast<uint32_t>(p_.shape.block_size);
-      const int64_t size = p_.kv_dtype == DType::f32 ? 4 : p_.kv_dtype == DType::i8 ? 1 : 2;
-      row.offset[0] = size * (block * p_.k_strides.batch + slot * p_.k_strides.row + kv_head_ * p_.k_strides.head);
-      row.offset[1] = size * (block * p_.v_strides.batch + slot * p_.v_strides.row + kv_head_ * p_.v_strides.head);
-      if constexpr (Int8) {
-        const int64_t at = (block * p_.shape.block_size + slot) * p_.shape.kv_heads + kv_head_;
-        next_ = {p_.k_scale[at], p_.v_scale[at]};
-      }
-    }
-    rows_[i % 2 * L::kTile.keys + threadIdx.x] = row;
-  }
-
-  __device__ void publish_scales(int i) {
-    if constexpr (Int8)
-      if (threadIdx.x < L::kTile.keys) scales_[i % L::kStages * L::kTile.keys + threadIdx.x] = next_;
-  }
-
-  __device__ const KeyRow* rows(int i) const { return rows_ + i % 2 * L::kTile.keys; }
-
- private:
-  const AttentionParams& p_;
-  const int32_t* table_;
-  KeyRow* rows_;
-  KeyScales* scales_;
-  int64_t kv_head_;
-  int key_, last_;
-  int block_ = 0;
-  KeyScales next_;
-};
-
-// ---- int8 operands -------------------------------------------------------------------------------------------------
-
-// Two of four signed bytes as 16-bit elements. `biased` is the bytes with their sign bits flipped, x + 128: put below
-// the exponent of 2^23 they are the float 2^23 + 128 + x.
-template <class T>
-PTX_DEVICE uint32_t two_of(uint32_t biased, int low, int high) {
-  const float a = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7540u + low)) - 8388736.f;
-  const float b = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7540u + high)) - 8388736.f;
-  return pack2(T{}, a, b);
-}
-constexpr uint32_t kSigns = 0x80808080u;
-
-// ldmatrix of int8 rows gives lane (g, t) the columns 4t .. 4t+3 of 16, where a B fragment holds 2t, 2t+1, 2t+8, 2t+9.
-// A dot product may take its terms in any order, so q is stored in this one: place i of 16 holds column key_column(i).
-PTX_DEVICE int key_column(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
-
-// What is rounded to 16 bits is p * scale * 128, that is p times (about) the largest value of the row: the same range
-// as if the cache held 16-bit elements.
-constexpr float kValueScale = 128.f;
-
-// ---- the kernel ----------------------------------------------------------------------------------------------------
-
-// One warp's state, and what it does with a tile.
-template <class T, bool Int8, int Index>
-struct Warp {
-  using L = Layout<Int8, Index>;
-  static constexpr Tile kTile = L::kTile;
-  static constexpr int kScoreTiles = L::kGroupKeys / 8, kColumnTiles = L::kColumns / 8;
-
-  uint8_t* memory;
-  int warp, lane, row_tile, key_group, column_group;
-  int first_key[2], last_key[2];  // what rows lane / 4 and lane / 4 + 8 see
-  float acc[kColumnTiles][4];
-  float highest[2], total[2];  // total: over the lane's own columns
-
-  // s = q k^T of the warp's own keys
-  __device__ void own_scores(const uint8_t* stage, float (&s)[L::kOwnKeys / 8][4]) {
-    constexpr int kSteps = Int8 ? 4 : 2;  // products of 16 columns in 4 chunks of a row
-    const uint32_t q = ptx::shared_address(memory), k = ptx::shared_address(stage);
-    const int row = row_tile * 16 + lane % 16;
-    const int key = key_group * L::kGroupKeys + column_group * L::kOwnKeys + lane % 8;
-#pragma unroll
-    for (int n = 0; n < L::kOwnKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
-#pragma unroll
-    for (int c = 0; c < L::K::kChunks / 4; ++c) {
-      uint32_t a[kSteps][4];
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j) ptx::ldmatrix_x4(a[j], q + L::Q::at(row, 2 * (kSteps * c + j) + lane / 16));
-#pragma unroll
-      for (int n = 0; n < L::kOwnKeys / 8; ++n) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, k + L::K::at(key + 8 * n, 4 * c + lane / 8));
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-          if constexpr (Int8) {
-            const uint32_t biased = b[j] ^ kSigns;
-            ptx::mma(T{}, s[n], a[j], two_of<T>(biased, 0, 1), two_of<T>(biased, 2, 3));
-          } else {
-            ptx::mma(T{}, s[n], a[j], b[2 * j], b[2 * j + 1]);
-          }
-        }
-      }
-    }
-  }
-
-  // The scores of all keys of the group. Warps that differ in their columns of V alone have computed a part each, and
-  // swap them as they are, fragment by fragment.
-  __device__ void scores(const uint8_t* stage, float (&s)[kScoreTiles][4]) {
-    if constexpr (kTile.column_groups == 1) {
-      own_scores(stage, s);
-    } else {
-      constexpr int kOwn = L::kOwnKeys / 8;
-      float own[kOwn][4];
-      own_scores(stage, own);
-      const auto place = [&](int of_warp, int n) {
-        return reinterpret_cast<ptx::Vec16*>(memory + L::kExchange0 + of_warp * L::kExchange) + n * 32 + lane;
-      };
-#pragma unroll
-      for (int n = 0; n < kOwn; ++n)
-        *place(warp, n) = {ptx::bits(own[n][0]), ptx::bits(own[n][1]), ptx::bits(own[n][2]), ptx::bits(own[n][3])};
-      // One barrier is enough: the next tile's scores come after a barrier of the CTA.
-      ptx::barrier_sync(1 + warp / kTile.column_groups, 32 * kTile.column_groups);
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) {
-        const ptx::Vec16 v = *place(warp - column_group + n / kOwn, n % kOwn);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = ptx::from_bits(v.x[i]);
-      }
-    }
-  }
-
-  // Scores -> exponents of 2 -> probabilities less the row's highest, which rescales what has been summed so far.
-  __device__ void softmax(const AttentionMask& m, int tile_key, const KeyScales* scales, float (&s)[kScoreTiles][4]) {
-    const int column = key_group * L::kGroupKeys + 2 * (lane % 4);  // the lane's first key, within the tile
-    const float factor = m.scale * kLog2e;
-    float top[2] = {highest[0], highest[1]};
-#pragma unroll
-    for (int n = 0; n < kScoreTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = column + 8 * n + i % 2, key = tile_key + at, row = i / 2;
-        float x = s[n][i];
-        if constexpr (Int8) x *= scales[at].k;
-        x = m.softcap > 0.f ? tanhf(x * (m.scale / m.softcap)) * (m.softcap * kLog2e) : x * factor;
-        s[n][i] = key >= first_key[row] && key <= last_key[row] ? x : -kInfinity;
-        top[row] = fmaxf(top[row], s[n][i]);
-      }
-    float base[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      top[row] = fmaxf(top[row], ptx::shfl_xor(top[row], 1));
-      top[row] = fmaxf(top[row], ptx::shfl_xor(top[row], 2));
-      base[row] = top[row] == -kInfinity ? 0.f : top[row];  // -inf - -inf would be NaN
-    }
-    if (ptx::ballot(top[0] > highest[0] || top[1] > highest[1])) {  // rare after the first tiles
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float rescale = ptx::exp2(highest[row] - base[row]);
-        highest[row] = top[row];
-        total[row] *= rescale;
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) acc[n][2 * row] *= rescale, acc[n][2 * row + 1] *= rescale;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kScoreTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = ptx::exp2(s[n][i] - base[i / 2]);
-        total[i / 2] += s[n][i];
-        if constexpr (Int8) s[n][i] *= scales[column + 8 * n + i % 2].v * kValueScale;
-      }
-  }
-
-  // acc += p v. The C fragments of two score tiles, rounded to 16 bits, are the A fragment of 16 keys.
-  __device__ void add_values(const uint8_t* stage, const float (&s)[kScoreTiles][4]) {
-    const uint32_t v = ptx::shared_address(stage) + L::kV;
-    const int key = key_group * L::kGroupKeys + lane % 16;
-    const int chunk = column_group * (L::kColumns / L::kElements) + lane / 16;
-#pragma unroll
-    for (int k = 0; k < kScoreTiles / 2; ++k) {
-      const uint32_t a[4] = {pack2(T{}, s[2 * k][0], s[2 * k][1]), pack2(T{}, s[2 * k][2], s[2 * k][3]),
-                             pack2(T{}, s[2 * k + 1][0], s[2 * k + 1][1]),
-                             pack2(T{}, s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-      for (int c = 0; c < L::kColumns / L::kElements / 2; ++c) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, v + L::V::at(key + 16 * k, chunk + 2 * c));
-        if constexpr (Int8) {
-          // Transposed as 16-bit units, a register holds columns 2g, 2g+1 of two keys: column tiles 2i and 2i+1 are the
-          // even and the odd columns of 16.
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t low = b[2 * i] ^ kSigns, high = b[2 * i + 1] ^ kSigns;
-            ptx::mma(T{}, acc[4 * c + 2 * i], a, two_of<T>(low, 0, 2), two_of<T>(high, 0, 2));
-            ptx::mma(T{}, acc[4 * c + 2 * i + 1], a, two_of<T>(low, 1, 3), two_of<T>(high, 1, 3));
-          }
-        } else {
-          ptx::mma(T{}, acc[2 * c], a, b[0], b[1]);
-          ptx::mma(T{}, acc[2 * c + 1], a, b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  __device__ ptx::Vec16* merge_place(int of_warp, int n) const {
-    return reinterpret_cast<ptx::Vec16*>(memory + L::kStage0 + of_warp * L::kAccumulator) + n * 32 + lane;
-  }
-
-  // Writes 16 columns of the two rows: x is column tiles 2c and 2c + 1.
-  __device__ void write_columns(const Plan& plan, const int64_t (&place)[2], int c, const float (&x)[2][4]) const {
-    const int column = column_group * L::kColumns + 16 * c;
-    if (column >= plan.width) return;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      if (place[row] < 0) continue;
-      float* to = plan.sums + place[row] * plan.width + column;
-      const float a = x[0][2 * row], b = x[0][2 * row + 1], d = x[1][2 * row], e = x[1][2 * row + 1];
-      struct alignas(8) Pair {
-        float low, high;
-      };
-      if constexpr (Int8) {  // a, b are even columns, d, e odd ones
-        constexpr float kUndo = 1.f / kValueScale;
-        ptx::store_global_16(to + 4 * (lane % 4),
-                             {ptx::bits(a * kUndo), ptx::bits(d * kUndo), ptx::bits(b * kUndo), ptx::bits(e * kUndo)});
-      } else {
-        reinterpret_cast<Pair*>(to)[lane % 4] = {a, b};
-        reinterpret_cast<Pair*>(to)[4 + lane % 4] = {d, e};
-      }
-    }
-  }
-
-  // Joins the key groups and writes the CTA's partial sums. place: index of each row in plan.stats, or -1.
-  __device__ void finish(const Plan& plan, const int64_t (&place)[2]) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      total[row] += ptx::shfl_xor(total[row], 1);
-      total[row] += ptx::shfl_xor(total[row], 2);
-    }
-    if constexpr (L::kKeyGroups == 1) {
-#pragma unroll
-      for (int c = 0; c < kColumnTiles / 2; ++c) {
-        const float x[2][4] = {{acc[2 * c][0], acc[2 * c][1], acc[2 * c][2], acc[2 * c][3]},
-                               {acc[2 * c + 1][0], acc[2 * c + 1][1], acc[2 * c + 1][2], acc[2 * c + 1][3]}};
-        write_columns(plan, place, c, x);
-      }
-    } else {
-      auto* stats = reinterpret_cast<RowStats*>(memory + L::kStats0);
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
-        *merge_place(warp, n) = {ptx::bits(acc[n][0]), ptx::bits(acc[n][1]), ptx::bits(acc[n][2]),
-                                 ptx::bits(acc[n][3])};
-      if (lane % 4 == 0)
-#pragma unroll
-        for (int row = 0; row < 2; ++row) stats[warp * 16 + lane / 4 + 8 * row] = {highest[row], total[row]};
-      ptx::syncthreads();
-      float weight[L::kKeyGroups][2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        RowStats of[L::kKeyGroups];
-#pragma unroll
-        for (int g = 0; g < L::kKeyGroups; ++g) {
-          of[g] = stats[(g * kTile.column_groups + column_group) * 16 + lane / 4 + 8 * row];
-          highest[row] = fmaxf(highest[row], of[g].highest);
-        }
-        const float base = highest[row] == -kInfinity ? 0.f : highest[row];
-        total[row] = 0.f;
-#pragma unroll
-        for (int g = 0; g < L::kKeyGroups; ++g) {
-          weight[g][row] = ptx::exp2(of[g].highest - base);
-          total[row] += of[g].total * weight[g][row];
-        }
-      }
-      for (int c = key_group; c < kColumnTiles / 2; c += L::kKeyGroups) {
-        float x[2][4] = {};
-#pragma unroll
-        for (int g = 0; g < L::kKeyGroups; ++g)
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            const ptx::Vec16 v = *merge_place(g * kTile.column_groups + column_group, 2 * c + n);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[n][i] += ptx::from_bits(v.x[i]) * weight[g][i / 2];
-          }
-        write_columns(plan, place, c, x);
-      }
-    }
-    if (key_group == 0 && column_group == 0 && lane % 4 == 0)
-#pragma unroll
-      for (int row = 0; row < 2; ++row)
-        if (place[row] >= 0) plan.stats[place[row]] = {highest[row], total[row]};
-  }
-};
 
 // The keys that query i sees by position, [first, last].
 struct KeyRange {
@@ -495,15 +31,18 @@ PTX_DEVICE KeyRange visible_keys(const AttentionMask& m, int64_t i, int64_t num_
 
 // grid: (batch * splits, kv_heads)
 template <class T, bool Int8, int Index>
-__global__ void __launch_bounds__((Layout<Int8, Index>::kThreads)) decode(AttentionParams p, Plan plan) {
+__global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, Index>::kCtas)
+    attend(AttentionParams p, Plan plan) {
   using L = Layout<Int8, Index>;
   constexpr Tile kTile = L::kTile;
   PTX_SHARED_MEMORY(memory);
   const AttentionShape& s = p.shape;
-  const int64_t b = blockIdx.x / plan.splits, split = blockIdx.x % plan.splits, kv_head = blockIdx.y;
-  const int64_t query0 = s.cu_q ? s.cu_q[b] : b * s.seq_q;  // the first, among all
-  const int64_t num_q = s.cu_q ? s.cu_q[b + 1] - query0 : s.seq_q, num_k = s.kv_lens[b];
-  const int group = static_cast<int>(s.heads / s.kv_heads), rows = static_cast<int>(num_q) * group;
+  const int b = static_cast<int>(blockIdx.x) / plan.splits, split = static_cast<int>(blockIdx.x) % plan.splits;
+  const int kv_head = static_cast<int>(blockIdx.y), num_k = s.kv_lens[b];
+  // The sequence's first query among all. Asked for where it is needed, so as not to take a register.
+  const auto query0 = [&] { return s.cu_q ? s.cu_q[b] : b * static_cast<int>(s.seq_q); };
+  const int num_q = s.cu_q ? s.cu_q[b + 1] - query0() : static_cast<int>(s.seq_q);
+  const int group = static_cast<int>(s.heads / s.kv_heads), rows = num_q * group;
 
   Warp<T, Int8, Index> w;
   w.memory = memory;
@@ -521,27 +60,30 @@ __global__ void __launch_bounds__((Layout<Int8, Index>::kThreads)) decode(Attent
     const int last = visible_keys(p.mask, (row_end - 1) / group, num_q, num_k).last;
     const int all_tiles = last < first ? 0 : (last - first) / kTile.keys + 1;
     const int share = (all_tiles + plan.splits - 1) / plan.splits;
-    const int tile0 = static_cast<int>(split) * share;
+    const int tile0 = split * share;
     const int tiles = clamp(all_tiles - tile0, 0, share);
     const int key0 = first + tile0 * kTile.keys;
 
-    int64_t place[2];
+    // Where the two rows of a lane stand in plan.stats; -1: rows that are padding.
+    const auto place = [&](int i) -> int64_t {
+      const int row = row0 + w.row_tile * 16 + w.lane / 4 + 8 * i;
+      if (row >= row_end) return -1;
+      return ((query0() + row / group) * s.heads + kv_head * group + row % group) * plan.splits + split;
+    };
+    if (tiles == 0) {  // nothing but the neutral element: the sums will not be read
+      if (w.leads())
+        for (int i = 0; i < 2; ++i)
+          if (place(i) >= 0) plan.stats[place(i)] = {-kInfinity, 0.f};
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row0 + w.row_tile * 16 + w.lane / 4 + 8 * i;
-      const bool real = row < row_end;
       const KeyRange seen = visible_keys(p.mask, row / group, num_q, num_k);
       w.first_key[i] = seen.first;
-      w.last_key[i] = real ? seen.last : -1;
+      w.last_key[i] = row < row_end ? seen.last : -1;
       w.highest[i] = -kInfinity;
       w.total[i] = 0.f;
-      place[i] = real ? ((query0 + row / group) * s.heads + kv_head * group + row % group) * plan.splits + split : -1;
-    }
-    if (tiles == 0) {  // nothing but the neutral element: the sums are not read
-      if (w.key_group == 0 && w.column_group == 0 && w.lane % 4 == 0)
-        for (int i = 0; i < 2; ++i)
-          if (place[i] >= 0) plan.stats[place[i]] = {-kInfinity, 0.f};
-      continue;
     }
 #pragma unroll
     for (int n = 0; n < L::kColumns / 8; ++n)
@@ -566,7 +108,7 @@ __global__ void __launch_bounds__((Layout<Int8, Index>::kThreads)) decode(Attent
       const int r = i / L::Q::kChunks, chunk = i % L::Q::kChunks, row = row0 + r;
       const int count = row < row_end ? static_cast<int>(s.head_dim) : 0;
       uint8_t* at = memory + L::Q::at(r, chunk);
-      const int64_t query = row / group + (s.cu_q ? query0 : 0);
+      const int64_t query = row / group + (s.cu_q ? query0() : 0);
       const T* q = static_cast<const T*>(p.q) + b * p.q_strides.batch + query * p.q_strides.row +
                    (kv_head * group + row % group) * p.q_strides.head;
       if constexpr (Int8) {
@@ -614,7 +156,7 @@ __global__ void __launch_bounds__((Layout<Int8, Index>::kThreads)) decode(Attent
     }
     ptx::copy_wait<0>();
     ptx::syncthreads();  // the stages are free
-    w.finish(plan, place);
+    w.finish(plan, {place(0), place(1)});
     ptx::syncthreads();  // and again, for another round
   }
 }
@@ -687,11 +229,12 @@ bool is_latent(const AttentionParams& p) {
          p.shape.v_head_dim <= p.shape.head_dim;
 }
 
-int tile_for(const AttentionParams& p) {  // -1: none
+// The tile of a call, or -1. Where k and v lie is not known before the call itself, so `latent` is asked apart.
+int tile_for(const AttentionParams& p, bool latent) {
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& t = kTiles[i];
     if (p.shape.head_dim <= t.head && p.shape.v_head_dim <= t.v_head && rows_of(p.shape) <= t.rows &&
-        (!t.latent || is_latent(p)) && tile_exists(p.kv_dtype == DType::i8, i))
+        (!t.latent || latent) && tile_exists(p.kv_dtype == DType::i8, i))
       return i;
   }
   return -1;
@@ -714,24 +257,25 @@ bool rows_aligned(const void* p, const RowStrides& s, int64_t element) {
          s.head * element % 16 == 0;
 }
 
-// As many splits as fill the device once, while each has a few tiles to hide its start behind. kv_lens is on the
-// device, so the table's size must do for a bound; CTAs whose sequence is shorter share what there is.
-int choose_splits(const AttentionParams& p, const Device& device, const Tile& tile, int shared_bytes) {
-  constexpr int64_t kMinTiles = 2, kSharedMemory = 164 * 1024;
+// As many splits as fill the device once, while each has keys enough to hide its start behind. kv_lens is on the
+// device, so the table's size must do for a bound; the CTAs of a shorter sequence share what there is.
+int choose_splits(const AttentionParams& p, const Device& device, int ctas) {
+  constexpr int64_t kMinKeys = 128;
   const AttentionShape& s = p.shape;
   int64_t keys = s.table_stride * s.block_size;
   const int64_t queries = s.cu_q ? s.total_q : s.seq_q;
   if (p.mask.window && p.mask.window < keys && 2 * p.mask.window + queries < keys) keys = 2 * p.mask.window + queries;
-  const int64_t most = divide_up(keys, kMinTiles * tile.keys), tasks = s.batch * s.kv_heads;
-  const int64_t room = kSharedMemory / shared_bytes * device.multiprocessors / (tasks ? tasks : 1);
+  const int64_t most = divide_up(keys, kMinKeys), tasks = s.batch * s.kv_heads;
+  const int64_t room = ctas * device.multiprocessors / (tasks ? tasks : 1);
   const int64_t splits = room < most ? room : most;
   return static_cast<int>(splits > 1 ? splits : 1);
 }
 
-Plan make_plan(const AttentionParams& p, const Device& device, const Tile& tile, int shared_bytes) {
+template <class L>
+Plan make_plan(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
   Plan plan{};
-  plan.splits = choose_splits(p, device, tile, shared_bytes);
+  plan.splits = choose_splits(p, device, L::kCtas);
   plan.width = divide_up(s.v_head_dim, 16) * 16;
   plan.q_vectors = rows_aligned(p.q, p.q_strides, 2);
   const bool as_they_are = p.kv_dtype == p.q_dtype || p.kv_dtype == DType::i8;
@@ -747,10 +291,10 @@ Plan make_plan(const AttentionParams& p, const Device& device, const Tile& tile,
 template <class T, bool Int8>
 Status run(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
-  return with_tile<Int8>(tile_for(p), [&](auto index) -> Status {
+  return with_tile<Int8>(tile_for(p, is_latent(p)), [&](auto index) -> Status {
     using L = Layout<Int8, decltype(index)::value>;
-    const Plan plan = make_plan(p, device, L::kTile, L::kBytes);
-    if (Status error = launch(decode<T, Int8, decltype(index)::value>, {s.batch * plan.splits, s.kv_heads}, L::kThreads,
+    const Plan plan = make_plan<L>(p, device);
+    if (Status error = launch(attend<T, Int8, decltype(index)::value>, {s.batch * plan.splits, s.kv_heads}, L::kThreads,
                               L::kBytes, device, p, plan))
       return error;
     const int threads = static_cast<int>(divide_up(plan.width, 128) * 32);
@@ -764,6 +308,7 @@ Status run(const AttentionParams& p, const Device& device) {
 }
 
 }  // namespace
+}  // namespace decode
 
 bool attention_decode_serves(const AttentionParams& p) {
   const AttentionShape& s = p.shape;
@@ -771,27 +316,30 @@ bool attention_decode_serves(const AttentionParams& p) {
   if (s.cu_q && s.total_q != s.batch) return false;
   // Positions and pages are 32-bit numbers on the device, kv_heads is a grid's y.
   if (s.block_size > INT32_MAX || s.kv_heads > 65535 || s.total_q * s.heads > INT32_MAX) return false;
-  return tile_for(p) >= 0;
+  return decode::tile_for(p, false) >= 0;
 }
 
 int64_t attention_decode_workspace(const AttentionParams& p, const Device& device) {
-  int64_t bytes = 0;
-  const auto measure = [&](auto int8) {
-    with_tile<decltype(int8)::value>(tile_for(p), [&](auto index) -> Status {
-      using L = Layout<decltype(int8)::value, decltype(index)::value>;
-      const Plan plan = make_plan(p, device, L::kTile, L::kBytes);
-      const int64_t row = plan.width * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(RowStats));
-      bytes = p.shape.total_q * p.shape.heads * plan.splits * row;
+  int64_t most = 0;
+  const auto measure = [&](auto int8, bool latent) {
+    decode::with_tile<decltype(int8)::value>(decode::tile_for(p, latent), [&](auto index) -> Status {
+      using L = decode::Layout<decltype(int8)::value, decltype(index)::value>;
+      const decode::Plan plan = decode::make_plan<L>(p, device);
+      const int64_t row =
+          plan.width * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(decode::RowStats));
+      const int64_t bytes = p.shape.total_q * p.shape.heads * plan.splits * row;
+      most = bytes > most ? bytes : most;
       return nullptr;
     });
   };
-  p.kv_dtype == DType::i8 ? measure(std::true_type()) : measure(std::false_type());
-  return bytes;
+  for (bool latent : {false, true})
+    p.kv_dtype == DType::i8 ? measure(std::true_type(), latent) : measure(std::false_type(), latent);
+  return most;
 }
 
 Status attention_decode(const AttentionParams& p, const Device& device) {
-  if (p.q_dtype == DType::bf16) return run<bf16>(p, device);
-  if (p.q_dtype == DType::f16) return run<f16>(p, device);
+  if (p.q_dtype == DType::bf16) return decode::run<bf16>(p, device);
+  if (p.q_dtype == DType::f16) return decode::run<f16>(p, device);
   return "decode attention takes bfloat16 or float16 queries";
 }
 

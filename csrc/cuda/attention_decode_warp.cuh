@@ -1,0 +1,284 @@
+// What one warp of decode attention does with a tile: scores, online softmax, sums; and what it leaves at the end.
+#pragma once
+#include "attention_decode_tile.cuh"
+
+namespace llmcore {
+namespace cuda {
+namespace decode {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f, kInfinity = __builtin_inff();
+
+// What the launcher decides.
+struct Plan {
+  int splits;
+  bool q_vectors, k_vectors, v_vectors;  // rows can be copied 16 bytes at a time
+  int64_t width;                         // of a row of partial sums: v_head_dim to a multiple of 16
+  float* sums;                           // (total_q, heads, splits, width)
+  RowStats* stats;                       // (total_q, heads, splits)
+};
+
+// ---- int8 operands -------------------------------------------------------------------------------------------------
+
+// Two of four signed bytes as 16-bit elements. `biased` is the bytes with their sign bits flipped, x + 128: put below
+// the exponent of 2^23 they are the float 2^23 + 128 + x.
+template <class T>
+PTX_DEVICE uint32_t two_of(uint32_t biased, int low, int high) {
+  const float a = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7540u + low)) - 8388736.f;
+  const float b = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7540u + high)) - 8388736.f;
+  return pack2(T{}, a, b);
+}
+constexpr uint32_t kSigns = 0x80808080u;
+
+// ldmatrix of int8 rows gives lane (g, t) the columns 4t .. 4t+3 of 16, where a B fragment holds 2t, 2t+1, 2t+8, 2t+9.
+// A dot product may take its terms in any order, so q is stored in this one: place i of 16 holds column key_column(i).
+PTX_DEVICE int key_column(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
+
+// What is rounded to 16 bits is p * scale * 128, that is p times (about) the largest value of the row: the same range
+// as if the cache held 16-bit elements.
+constexpr float kValueScale = 128.f;
+
+struct RowPlaces {
+  int64_t of[2];  // of a lane's rows in Plan::stats, or -1
+};
+
+// ---- a warp --------------------------------------------------------------------------------------------------------
+
+// One warp's state, and what it does with a tile.
+template <class T, bool Int8, int Index>
+struct Warp {
+  using L = Layout<Int8, Index>;
+  static constexpr Tile kTile = L::kTile;
+  static constexpr int kScoreTiles = L::kGroupKeys / 8, kColumnTiles = L::kColumns / 8;
+
+  uint8_t* memory;
+  int warp, lane, row_tile, key_group, column_group;
+  int first_key[2], last_key[2];  // what rows lane / 4 and lane / 4 + 8 see
+  float acc[kColumnTiles][4];
+  float highest[2], total[2];  // total: over the lane's own columns
+
+  // Whether the lane writes what all warps and lanes with the same rows know.
+  __device__ bool leads() const { return key_group == 0 && column_group == 0 && lane % 4 == 0; }
+
+  // s = q k^T of the warp's own keys
+  __device__ void own_scores(const uint8_t* stage, float (&s)[L::kOwnKeys / 8][4]) {
+    constexpr int kSteps = Int8 ? 4 : 2;  // products of 16 columns in 4 chunks of a row
+    const uint32_t q = ptx::shared_address(memory), k = ptx::shared_address(stage);
+    const int row = row_tile * 16 + lane % 16;
+    const int key = key_group * L::kGroupKeys + column_group * L::kOwnKeys + lane % 8;
+#pragma unroll
+    for (int n = 0; n < L::kOwnKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+#pragma unroll 6  // all of 192 columns; a longer loop would only be registers for addresses
+    for (int c = 0; c < L::K::kChunks / 4; ++c) {
+      uint32_t a[kSteps][4];
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) ptx::ldmatrix_x4(a[j], q + L::Q::at(row, 2 * (kSteps * c + j) + lane / 16));
+#pragma unroll
+      for (int n = 0; n < L::kOwnKeys / 8; ++n) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, k + L::K::at(key + 8 * n, 4 * c + lane / 8));
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) {
+          if constexpr (Int8) {
+            const uint32_t biased = b[j] ^ kSigns;
+            ptx::mma(T{}, s[n], a[j], two_of<T>(biased, 0, 1), two_of<T>(biased, 2, 3));
+          } else {
+            ptx::mma(T{}, s[n], a[j], b[2 * j], b[2 * j + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // The scores of all keys of the group. Warps that differ in their columns of V alone have computed a part each, and
+  // swap them as they are, fragment by fragment.
+  __device__ void scores(const uint8_t* stage, float (&s)[kScoreTiles][4]) {
+    if constexpr (kTile.column_groups == 1) {
+      own_scores(stage, s);
+    } else {
+      constexpr int kOwn = L::kOwnKeys / 8;
+      float own[kOwn][4];
+      own_scores(stage, own);
+      const auto place = [&](int of_warp, int n) {
+        return reinterpret_cast<ptx::Vec16*>(memory + L::kExchange0 + of_warp * L::kExchange) + n * 32 + lane;
+      };
+#pragma unroll
+      for (int n = 0; n < kOwn; ++n)
+        *place(warp, n) = {ptx::bits(own[n][0]), ptx::bits(own[n][1]), ptx::bits(own[n][2]), ptx::bits(own[n][3])};
+      // One barrier is enough: the next tile's scores come after a barrier of the CTA.
+      ptx::barrier_sync(1 + warp / kTile.column_groups, 32 * kTile.column_groups);
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+        const ptx::Vec16 v = *place(warp - column_group + n / kOwn, n % kOwn);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = ptx::from_bits(v.x[i]);
+      }
+    }
+  }
+
+  // Scores -> exponents of 2 -> probabilities less the row's highest, which rescales what has been summed so far.
+  __device__ void softmax(const AttentionMask& m, int tile_key, const KeyScales* scales, float (&s)[kScoreTiles][4]) {
+    const int column = key_group * L::kGroupKeys + 2 * (lane % 4);  // the lane's first key, within the tile
+    const float factor = m.scale * kLog2e;
+    float top[2] = {highest[0], highest[1]};
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = column + 8 * n + i % 2, key = tile_key + at, row = i / 2;
+        float x = s[n][i];
+        if constexpr (Int8) x *= scales[at].k;
+        x = m.softcap > 0.f ? tanhf(x * (m.scale / m.softcap)) * (m.softcap * kLog2e) : x * factor;
+        s[n][i] = key >= first_key[row] && key <= last_key[row] ? x : -kInfinity;
+        top[row] = fmaxf(top[row], s[n][i]);
+      }
+    float base[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      top[row] = fmaxf(top[row], ptx::shfl_xor(top[row], 1));
+      top[row] = fmaxf(top[row], ptx::shfl_xor(top[row], 2));
+      base[row] = top[row] == -kInfinity ? 0.f : top[row];  // -inf - -inf would be NaN
+    }
+    if (ptx::ballot(top[0] > highest[0] || top[1] > highest[1])) {  // rare after the first tiles
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float rescale = ptx::exp2(highest[row] - base[row]);
+        highest[row] = top[row];
+        total[row] *= rescale;
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) acc[n][2 * row] *= rescale, acc[n][2 * row + 1] *= rescale;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = ptx::exp2(s[n][i] - base[i / 2]);
+        total[i / 2] += s[n][i];
+        if constexpr (Int8) s[n][i] *= scales[column + 8 * n + i % 2].v * kValueScale;
+      }
+  }
+
+  // acc += p v. The C fragments of two score tiles, rounded to 16 bits, are the A fragment of 16 keys.
+  __device__ void add_values(const uint8_t* stage, const float (&s)[kScoreTiles][4]) {
+    const uint32_t v = ptx::shared_address(stage) + L::kV;
+    const int key = key_group * L::kGroupKeys + lane % 16;
+    const int chunk = column_group * (L::kColumns / L::kElements) + lane / 16;
+#pragma unroll
+    for (int k = 0; k < kScoreTiles / 2; ++k) {
+      const uint32_t a[4] = {pack2(T{}, s[2 * k][0], s[2 * k][1]), pack2(T{}, s[2 * k][2], s[2 * k][3]),
+                             pack2(T{}, s[2 * k + 1][0], s[2 * k + 1][1]),
+                             pack2(T{}, s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+      for (int c = 0; c < L::kColumns / L::kElements / 2; ++c) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, v + L::V::at(key + 16 * k, chunk + 2 * c));
+        if constexpr (Int8) {
+          // Transposed as 16-bit units, a register holds columns 2g, 2g+1 of two keys: column tiles 2i and 2i+1 are the
+          // even and the odd columns of 16.
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t low = b[2 * i] ^ kSigns, high = b[2 * i + 1] ^ kSigns;
+            ptx::mma(T{}, acc[4 * c + 2 * i], a, two_of<T>(low, 0, 2), two_of<T>(high, 0, 2));
+            ptx::mma(T{}, acc[4 * c + 2 * i + 1], a, two_of<T>(low, 1, 3), two_of<T>(high, 1, 3));
+          }
+        } else {
+          ptx::mma(T{}, acc[2 * c], a, b[0], b[1]);
+          ptx::mma(T{}, acc[2 * c + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  __device__ ptx::Vec16* merge_place(int of_warp, int n) const {
+    return reinterpret_cast<ptx::Vec16*>(memory + L::kStage0 + of_warp * L::kAccumulator) + n * 32 + lane;
+  }
+
+  // Writes 16 columns of the two rows: x is column tiles 2c and 2c + 1.
+  __device__ void write_columns(const Plan& plan, const RowPlaces& place, int c, const float (&x)[2][4]) const {
+    const int column = column_group * L::kColumns + 16 * c;
+    if (column >= plan.width) return;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      if (place.of[row] < 0) continue;
+      float* to = plan.sums + place.of[row] * plan.width + column;
+      const float a = x[0][2 * row], b = x[0][2 * row + 1], d = x[1][2 * row], e = x[1][2 * row + 1];
+      struct alignas(8) Pair {
+        float low, high;
+      };
+      if constexpr (Int8) {  // a, b are even columns, d, e odd ones
+        constexpr float kUndo = 1.f / kValueScale;
+        ptx::store_global_16(to + 4 * (lane % 4),
+                             {ptx::bits(a * kUndo), ptx::bits(d * kUndo), ptx::bits(b * kUndo), ptx::bits(e * kUndo)});
+      } else {
+        reinterpret_cast<Pair*>(to)[lane % 4] = {a, b};
+        reinterpret_cast<Pair*>(to)[4 + lane % 4] = {d, e};
+      }
+    }
+  }
+
+  // Joins the key groups and writes the CTA's partial sums.
+  __device__ void finish(const Plan& plan, const RowPlaces& place) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      total[row] += ptx::shfl_xor(total[row], 1);
+      total[row] += ptx::shfl_xor(total[row], 2);
+    }
+    if constexpr (L::kKeyGroups == 1) {
+#pragma unroll
+      for (int c = 0; c < kColumnTiles / 2; ++c) {
+        const float x[2][4] = {{acc[2 * c][0], acc[2 * c][1], acc[2 * c][2], acc[2 * c][3]},
+                               {acc[2 * c + 1][0], acc[2 * c + 1][1], acc[2 * c + 1][2], acc[2 * c + 1][3]}};
+        write_columns(plan, place, c, x);
+      }
+    } else {
+      auto* stats = reinterpret_cast<RowStats*>(memory + L::kStats0);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+        *merge_place(warp, n) = {ptx::bits(acc[n][0]), ptx::bits(acc[n][1]), ptx::bits(acc[n][2]),
+                                 ptx::bits(acc[n][3])};
+      if (lane % 4 == 0)
+#pragma unroll
+        for (int row = 0; row < 2; ++row) stats[warp * 16 + lane / 4 + 8 * row] = {highest[row], total[row]};
+      ptx::syncthreads();
+      float weight[L::kKeyGroups][2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        RowStats of[L::kKeyGroups];
+#pragma unroll
+        for (int g = 0; g < L::kKeyGroups; ++g) {
+          of[g] = stats[(g * kTile.column_groups + column_group) * 16 + lane / 4 + 8 * row];
+          highest[row] = fmaxf(highest[row], of[g].highest);
+        }
+        const float base = highest[row] == -kInfinity ? 0.f : highest[row];
+        total[row] = 0.f;
+#pragma unroll
+        for (int g = 0; g < L::kKeyGroups; ++g) {
+          weight[g][row] = ptx::exp2(of[g].highest - base);
+          total[row] += of[g].total * weight[g][row];
+        }
+      }
+      for (int c = key_group; c < kColumnTiles / 2; c += L::kKeyGroups) {
+        float x[2][4] = {};
+#pragma unroll
+        for (int g = 0; g < L::kKeyGroups; ++g)
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const ptx::Vec16 v = *merge_place(g * kTile.column_groups + column_group, 2 * c + n);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[n][i] += ptx::from_bits(v.x[i]) * weight[g][i / 2];
+          }
+        write_columns(plan, place, c, x);
+      }
+    }
+    if (leads())
+#pragma unroll
+      for (int row = 0; row < 2; ++row)
+        if (place.of[row] >= 0) plan.stats[place.of[row]] = {highest[row], total[row]};
+  }
+};
+
+}  // namespace decode
+}  // namespace cuda
+}  // namespace llmcore

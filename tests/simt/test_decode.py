@@ -1,0 +1,163 @@
+"""Decode attention on the emulator beyond the registry's samples: shapes that choose each of its tiles, caches of every
+kind, and rows that nobody may read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llmcore
+from llmcore.ops import registry
+from llmcore.ops.registry import Sample
+from tests.ops.checks import check_sample
+from tests.simt.test_registry import EMULATED, emulated, pytestmark  # noqa: F401
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def paged(
+    label,
+    lens,
+    heads,
+    kv_heads,
+    dim,
+    block_size,
+    *,
+    v_dim=None,
+    dtype=torch.bfloat16,
+    cache=None,
+    latent=False,
+    spare_columns=0,
+    queries=None,
+    **kwargs,
+):
+    """A call whose cache holds NaN wherever no sequence has a key, and whose table ends in ids beyond the cache.
+
+    latent: v is the first columns of k's memory. spare_columns: between the rows of the cache, so that they are not
+    aligned."""
+    make = torch.Generator().manual_seed(len(label))
+    v_dim, cache = v_dim or dim, cache or dtype
+    blocks = [-(-n // block_size) for n in lens]
+    num_blocks = sum(blocks) + 1
+    order = torch.randperm(num_blocks, generator=make)
+    table = torch.full((len(lens), max(blocks) + 1), 2147480000, dtype=torch.int32)
+    used = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    start = 0
+    for row, (n, count) in enumerate(zip(lens, blocks)):
+        ids = order[start : start + count]
+        table[row, :count] = ids.int()
+        used[ids] = (torch.arange(count * block_size) < n).view(count, block_size)
+        start += count
+
+    def new_cache(columns):
+        values = torch.randn(num_blocks, block_size, kv_heads, columns + spare_columns, generator=make)
+        if cache == torch.int8:
+            scale = values[..., :columns].abs().amax(-1) / 127
+            values = (values / scale[..., None]).round().clamp(-127, 127).to(cache)
+            scale[~used] = torch.nan
+            return values[..., :columns], scale
+        values = values.to(cache)
+        values[~used] = torch.nan
+        return values[..., :columns], None
+
+    k, k_scale = new_cache(dim)
+    v, v_scale = (k[..., :v_dim], k_scale) if latent else new_cache(v_dim)
+    if cache == torch.int8:
+        kwargs |= {"k_scale": k_scale, "v_scale": v_scale}
+    if queries:
+        kwargs["cu_seqlens_q"] = torch.tensor([0, *queries]).cumsum(0).int()
+    if kwargs.get("sinks"):
+        kwargs["sinks"] = torch.randn(heads, generator=make)
+    q = torch.randn(sum(queries or [1] * len(lens)), heads, dim, generator=make).to(dtype)
+    return Sample(label, (q, k, v, table, torch.tensor(lens, dtype=torch.int32)), kwargs, poison=True)
+
+
+def samples():
+    f16, i8 = torch.float16, torch.int8
+    yield paged("MLA, v in k", [70, 33], 16, 1, 576, 64, v_dim=512, latent=True)
+    yield paged("MLA, v in k, 64 heads", [70], 64, 1, 576, 16, v_dim=512, latent=True)
+    yield paged("MLA, v in k, int8", [70], 16, 1, 576, 16, v_dim=512, latent=True, cache=i8)
+    yield paged("MLA, v in k, int8, 64 heads", [40], 64, 1, 576, 16, v_dim=512, latent=True, cache=i8)
+    yield paged("MLA, 64 heads", [40], 64, 1, 576, 16, v_dim=512)
+    yield paged("MLA, int8", [40], 16, 1, 576, 16, v_dim=512, cache=i8)
+    yield paged("MLA, int8, 64 heads", [40], 64, 1, 576, 16, v_dim=512, cache=i8)
+    yield paged("GQA 8:1, uneven lengths", [1, 200, 0, 65], 16, 2, 128, 16)
+    yield paged("many splits", [700], 8, 1, 128, 16, dtype=f16)
+    yield paged("short sequence, long table", [70, 600, 1], 4, 1, 64, 16, sinks=True)
+    for dim, v_dim in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72), (111, 59), (300, 20)):
+        for heads in (4, 40):
+            for cache in (None, i8):
+                yield paged(f"{dim}/{v_dim}, {heads} heads, {cache}", [90], heads, 1, dim, 16, v_dim=v_dim, cache=cache)
+    yield paged("page of 1", [67, 3], 6, 2, 64, 1, dtype=f16)
+    yield paged("page of 7", [67, 140], 6, 2, 64, 7)
+    yield paged("page of 7, int8", [67, 140], 6, 2, 64, 7, cache=i8, dtype=f16)
+    yield paged("page of 300", [67, 140], 6, 2, 64, 300)
+    yield paged("window", [300, 20, 130], 8, 2, 64, 16, window=100)
+    yield paged("window, not causal, sinks", [300, 20, 130], 8, 2, 64, 16, window=33, causal=False, sinks=True)
+    yield paged("soft cap, int8", [100], 8, 2, 64, 16, softcap=3.0, cache=i8, dtype=f16)
+    yield paged("negative scale", [100], 4, 2, 64, 16, scale=-0.3)
+    for dtype in HALVES:
+        for cache in (torch.float32, *HALVES, i8):
+            yield paged(f"{dtype} over {cache}", [90], 4, 1, 64, 16, dtype=dtype, cache=cache)
+            yield paged(
+                f"{dtype} over {cache}, unaligned", [70], 4, 1, 60, 16, dtype=dtype, cache=cache, spare_columns=3
+            )
+    yield paged("cu_seqlens", [40, 90, 7], 8, 2, 64, 16, queries=[1, 1, 1])
+    # As many rows as sequences, though not one each: the decode kernel cannot know, and must still be right.
+    yield paged("cu_seqlens, uneven", [40, 90, 7, 2, 5], 8, 1, 64, 16, queries=[0, 4, 1, 0, 0])
+    yield paged("more queries than keys", [3, 0, 0, 0], 8, 1, 64, 16, queries=[4, 0, 0, 0], sinks=True)
+
+
+def check(sample):
+    """Also that the decode kernel served the call, and without bank conflicts."""
+    before = llmcore._C.emulator_counters()
+    with llmcore.backend("kernel"), torch.random.fork_rng():
+        check_sample(registry["paged_attention"], sample)
+    after = llmcore._C.emulator_counters()
+    done = {name: after[name] - before[name] for name in after}
+    assert done["mma"] > 0, "the portable kernel was taken"
+    assert done["ldmatrix_wavefronts"] == done["ldmatrix_matrices"]
+
+
+@pytest.mark.parametrize("sample", [pytest.param(s, id=s.label) for s in samples()])
+def test_decode_matches_reference(sample, emulated):  # noqa: F811
+    check(sample)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("cache", [None, torch.int8])
+def test_values_of_any_size(dtype, cache, emulated):  # noqa: F811
+    for factor in (1e-3, 1e3):
+        sample = paged("sizes", [90], 4, 1, 64, 16, dtype=dtype, cache=cache)
+        if cache == torch.int8:
+            sample.kwargs["v_scale"].mul_(factor)
+        else:
+            sample.args[2].mul_(factor)
+        check(sample)
+
+
+def test_nan_in_a_key_reaches_its_rows_alone(emulated):  # noqa: F811
+    sample = paged("NaN", [70, 40], 4, 2, 64, 16)
+    _, k, _, table, _ = sample.args
+    k[table[0, 2], 3, 0] = torch.nan
+    with llmcore.backend("kernel"):
+        out = registry["paged_attention"].op(*sample.args, **sample.kwargs)
+    nan = out.isnan()
+    assert nan[0, :2].all()
+    assert not nan[0, 2:].any()
+    assert not nan[1].any()
+
+
+def test_same_bits_under_every_schedule():
+    sample = paged("bits", [500, 90], 8, 2, 64, 16)
+    before, outs = llmcore._C.active_cpu_isa(), []
+    assert llmcore._C.set_cpu_isa(EMULATED)
+    try:
+        for mode in (("round_robin", "late"), ("priorities", "early"), ("random", "random")):
+            llmcore._C.emulator_options(*mode, 1)
+            with llmcore.backend("kernel"):
+                outs.append(registry["paged_attention"].op(*sample.args, **sample.kwargs))
+    finally:
+        llmcore._C.emulator_options("round_robin", "late", 1)
+        llmcore._C.set_cpu_isa(before)
+    assert all(torch.equal(outs[0], out) for out in outs)
