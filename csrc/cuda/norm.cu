@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward(NormBackwardPara
   constexpr int kTeams = kBackwardThreads / Size;
   static_assert(kSumRows % kTeams == 0);
   PTX_SHARED_MEMORY(shared);
-  TeamSum<kBackwardThreads, Size, 2> over_team(shared + Columns::kBytes);
+  TeamSum<kBackwardThreads, Size, Centred ? 2 : 1> over_team(shared + Columns::kBytes);
   const T* weight = static_cast<const T*>(p.weight);
   const float dim = static_cast<float>(p.dim);
 
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward(NormBackwardPara
       Mine::held(n, [&](int j, int64_t column) { z[j] = fetch<Width>(row_z + column); });
       if (p.dz) Mine::held(n, [&](int j, int64_t column) { dz[j] = fetch<Width>(row_dz + column); });
 
-      float total[2] = {0.f, 0.f};  // of g, and of g * xhat
+      float total[Centred ? 2 : 1] = {};  // of g * xhat, and of g
       const auto add = [&](int64_t column, const Chunk& dy_chunk, const Chunk& z_chunk) {
         float d[Width], v[Width], w[Width];
         unpack(dy_chunk, d);
@@ -145,14 +145,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward(NormBackwardPara
 #pragma unroll
         for (int i = 0; i < Width; ++i) {
           const float g = ptx::product(d[i], w[i]);
-          total[0] += g;
-          total[1] += g * ((v[i] - mean) * rstd);
+          total[0] += g * ((v[i] - mean) * rstd);
+          if constexpr (Centred) total[1] += g;
         }
       };
       Mine::held(n, [&](int j, int64_t column) { add(column, dy[j], z[j]); });
       Mine::rest(n, [&](int64_t column) { add(column, fetch<Width>(row_dy + column), fetch<Width>(row_z + column)); });
       over_team(total);
-      const float mean_g = Centred ? total[0] / dim : 0.f, mean_dot = total[1] / dim;
+      const float mean_dot = total[0] / dim;
+      float mean_g = 0.f;
+      if constexpr (Centred) mean_g = total[1] / dim;
 
       const auto finish = [&](int64_t column, const Chunk& dy_chunk, const Chunk& z_chunk, const Chunk& dz_chunk,
                               float(&sum_weight)[Width], float(&sum_bias)[Width]) {
@@ -213,8 +215,8 @@ Status with_team(const NormParams& p, const Device& device) {
 
 template <class T, bool Centred, int Width, int Size>
 Status start(const NormBackwardParams& p, const Device& device) {
-  constexpr int kBytes =
-      ColumnSums<kBackwardThreads, Size, Width, kHeld<Width>>::kBytes + TeamSum<kBackwardThreads, Size, 2>::kBytes;
+  constexpr int kBytes = ColumnSums<kBackwardThreads, Size, Width, kHeld<Width>>::kBytes + TeamSum < kBackwardThreads,
+                Size, Centred ? 2 : 1 > ::kBytes;
   return launch(backward<T, Centred, Width, Size>, {grid_size((p.rows + kSumRows - 1) / kSumRows, device)},
                 kBackwardThreads, kBytes, device, p);
 }

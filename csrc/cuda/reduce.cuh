@@ -112,7 +112,7 @@ struct ColumnSums {
   }
 };
 
-// The sum over a CTA of Threads (a power of two), for thread 0. `shared` holds Threads doubles.
+// The sum over a CTA of Threads (a power of two), in thread 0; others get 0. `shared` holds Threads doubles.
 template <int Threads>
 PTX_DEVICE double block_sum(double x, double* shared) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -123,7 +123,7 @@ PTX_DEVICE double block_sum(double x, double* shared) {
     ptx::syncthreads();
     if (thread < half) shared[thread] += shared[thread + half];
   }
-  return shared[0];
+  return thread == 0 ? shared[0] : 0.;  // for the others it may not be there yet
 }
 
 }  // namespace cuda
