@@ -86,6 +86,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     LLMCORE_CHECK(!cu_k || cu_k->size(0) == cu_q->size(0), op, ": cu_seqlens_k describes ", cu_k->size(0) - 1,
                   " sequences, but cu_seqlens_q ", s.batch);
     s.total_q = call.total_q;
+    s.total_k = call.total_k;
     longest_q = longest_k = 0;
     for (int64_t b = 0; b < s.batch; ++b) {
       longest_q = std::max<int64_t>(longest_q, s.cu_q[b + 1] - s.cu_q[b]);
@@ -96,6 +97,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     s.seq_q = q.size(1);
     s.seq_k = k.size(1);
     s.total_q = s.batch * s.seq_q;
+    s.total_k = s.batch * s.seq_k;
     LLMCORE_CHECK(k.size(0) == s.batch && v.size(0) == s.batch, op, ": q, k, v have batch sizes ", s.batch, ", ",
                   k.size(0), ", ", v.size(0), "; they must be equal");
   }

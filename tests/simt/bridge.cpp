@@ -1,6 +1,9 @@
 // The CUDA kernels as one more instruction set of the CPU ops, "cuda_emulated": the bindings, and with them every test
 // of the registry, reach the launchers in csrc/cuda, and those run on the emulator. Only in test builds
 // (LLMCORE_EMULATE_CUDA).
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "llmcore/attention.h"
@@ -36,7 +39,6 @@ ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 
 WITHOUT_CUDA_KERNEL(attention_forward, AttentionParams)
-WITHOUT_CUDA_KERNEL(attention_backward, AttentionBackwardParams)
 WITHOUT_CUDA_KERNEL(dyt_forward, DytParams)
 WITHOUT_CUDA_KERNEL(dyt_backward, DytBackwardParams)
 WITHOUT_CUDA_KERNEL(grouped_gemm, GroupedGemmParams)
@@ -53,6 +55,17 @@ WITHOUT_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
 WITHOUT_CUDA_KERNEL(rms_norm_forward, NormParams)
 WITHOUT_CUDA_KERNEL(rms_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(rope, RopeParams)
+
+// Workspaces come as device memory does, full of what was there before (here: NaN).
+void attention_backward(const AttentionBackwardParams& p, const Parallel& par) {
+  if (p.dtype == DType::f32) return portable::attention_backward(p, par);
+  AttentionBackwardParams with_workspace = p;
+  const size_t bytes = static_cast<size_t>(cuda::attention_backward_workspace(p, kDevice));
+  const std::unique_ptr<void, decltype(&free)> workspace(malloc(bytes), &free);
+  memset(workspace.get(), 0xff, bytes);
+  with_workspace.workspace = workspace.get();
+  check(cuda::attention_backward(with_workspace, kDevice), "attention_backward");
+}
 
 }  // namespace cuda_emulated
 }  // namespace cpu

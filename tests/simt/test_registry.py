@@ -16,8 +16,10 @@ pytestmark = pytest.mark.skipif(
     EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)"
 )
 
+HALVES = (torch.bfloat16, torch.float16)
 # op -> the dtypes its CUDA kernel serves
 CUDA_OPS = {
+    "attention": HALVES,
     "geglu": FLOATS,
     "swiglu": FLOATS,
 }

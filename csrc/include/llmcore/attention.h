@@ -34,6 +34,7 @@ struct AttentionShape {
   int64_t head_dim, v_head_dim;    // of q and k; of v and out
   int64_t seq_q, seq_k;
   int64_t total_q;      // query rows in all, packed or not: bounds a grid where cu_q is on the device
+  int64_t total_k;      // the same for keys (0 when paged)
   const int32_t* cu_q;  // (batch + 1) or null
   const int32_t* cu_k;
   const int32_t* block_table;  // (batch, table_stride) or null

@@ -1,0 +1,64 @@
+"""Attention's backward kernel where the registry's samples do not take it: each of its tiles (csrc/cuda/
+attention_backward.cu) with several tiles on both sides, and the same bits under every schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llmcore
+from llmcore.ops import registry
+from llmcore.ops.block_mask import BlockMask
+from llmcore.ops.registry import Sample
+from tests.ops.checks import check_sample, copied, run_with_gradients
+from tests.simt.test_registry import EMULATED, MODES, emulated  # noqa: F401 (the fixture)
+
+pytestmark = pytest.mark.skipif(EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels")
+
+
+def sample(label, seq_q, seq_k, heads, kv_heads, dim, v_dim, **kwargs):
+    make = torch.Generator().manual_seed(0)
+    shapes = ((1, seq_q, heads, dim), (1, seq_k, kv_heads, dim), (1, seq_k, kv_heads, v_dim))
+    args = tuple(torch.randn(*shape, generator=make).bfloat16() for shape in shapes)
+    return Sample(label, args, {"return_lse": True, **kwargs}, (0, 1, 2))
+
+
+def blocks(rows, columns):
+    return torch.rand(1, 2, rows, columns, generator=torch.Generator().manual_seed(0)) < 0.4
+
+
+SAMPLES = [
+    sample("64", 280, 270, 2, 1, 64, 64, causal=True),
+    sample("96", 150, 200, 2, 1, 96, 96, causal=True),
+    sample("128", 140, 270, 2, 1, 128, 128, softcap=20.0),
+    sample("192/128", 130, 140, 1, 1, 192, 128),
+    sample("256, negative scale", 130, 140, 1, 1, 250, 160, causal=True, scale=-0.05),
+    sample("in slices, 300/270", 70, 90, 1, 1, 300, 270, causal=True),
+    sample("in slices, 4/320", 40, 90, 1, 1, 4, 320),
+    sample("blocks as wide as tiles", 280, 270, 2, 1, 64, 64, block_mask=BlockMask(blocks(3, 3), 128, 128)),
+    sample("blocks of one score", 70, 40, 2, 1, 64, 64, block_mask=BlockMask(blocks(70, 40), 1, 1)),
+]
+
+
+@pytest.mark.parametrize("emulated", [("random", "random")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.label)
+def test_every_tile_matches_the_reference(sample, emulated):  # noqa: F811
+    with llmcore.backend("kernel"):
+        check_sample(registry["attention"], sample)
+
+
+def test_the_same_bits_under_every_schedule():
+    attention = sample("two warps share columns", 140, 200, 4, 2, 128, 128, causal=True)
+    seeds = [torch.ones(1, 140, 4, 128), torch.ones(1, 4, 140)]
+    before, gradients = llmcore._C.active_cpu_isa(), []
+    assert llmcore._C.set_cpu_isa(EMULATED)
+    try:
+        for mode in MODES:
+            llmcore._C.emulator_options(*mode, 2)
+            with llmcore.backend("kernel"):
+                gradients.append(run_with_gradients(registry["attention"].op, copied(attention), seeds)[1])
+    finally:
+        llmcore._C.emulator_options("round_robin", "late", 1)
+        llmcore._C.set_cpu_isa(before)
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other))
