@@ -45,11 +45,13 @@ struct Tile {
 // sm_80, 227 on sm_90; the first tile that holds the head sizes and fits the device is taken.
 constexpr Tile kKeyTiles[] = {
     // dim v_dim blocks split groups step
-    {64, 64, 2, 1, 4, 32},    // 48 KB, two CTAs on a multiprocessor
+    {64, 64, 2, 1, 4, 32},    // 49 KB: two CTAs on a multiprocessor
     {96, 96, 1, 1, 4, 64},    // 73 KB
     {128, 128, 2, 2, 4, 32},  // 161 KB: two warps share the columns, so that two blocks of rows fit in registers
-    {128, 128, 1, 1, 8, 32},  // 97 KB, for sm_86 and sm_89
+    {128, 128, 1, 1, 8, 32},  // 97 KB
+    {192, 128, 1, 2, 4, 32},  // 137 KB
     {192, 128, 1, 2, 4, 16},  // 89 KB
+    {256, 256, 2, 4, 2, 16},  // 209 KB
     {256, 256, 1, 2, 4, 16},  // 137 KB
 };
 constexpr Tile kQueryTiles[] = {
