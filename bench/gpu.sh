@@ -44,7 +44,7 @@ else
 fi
 
 if wants build; then
-  export LLMCORE_CUDA=on LLMCORE_CMAKE_ARGS="-DLLMCORE_CUDA_ARCHITECTURES=$architectures"
+  export LLMCORE_CUDA=on LLMCORE_CMAKE_ARGS="-DLLMCORE_CUDA_ARCHITECTURES=$architectures -DLLMCORE_ISAS=portable"
   run build python -m pip install -v --no-deps --no-build-isolation .
   run build_gpu_test bash -c "cmake -S tests/simt -B '$out/simt' -DLLMCORE_GPU_TEST=ON -DCMAKE_BUILD_TYPE=Release \
     '-DCMAKE_CUDA_ARCHITECTURES=$architectures' && cmake --build '$out/simt' -j 4"
