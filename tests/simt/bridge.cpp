@@ -28,7 +28,8 @@ void check(cuda::Status status, const char* kernel) {
   if (status) throw std::runtime_error(std::string(kernel) + " on the emulator: " + status);
 }
 
-// malloc, so that a sanitizer sees its ends; as large as the launcher asked for, and full of what was there before: NaN.
+// malloc, so that a sanitizer sees its ends; as large as the launcher asked for, and full of what was there before:
+// NaN.
 std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
   std::unique_ptr<void, decltype(&free)> memory(bytes ? malloc(static_cast<size_t>(bytes)) : nullptr, &free);
   if (memory) memset(memory.get(), 0xff, static_cast<size_t>(bytes));

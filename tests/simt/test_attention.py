@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from llmcore.ops import BlockMask, registry
-from llmcore.ops.registry import Sample
+from llmcore.ops.registry import HALVES, Sample
 from tests.ops.checks import check_sample
-from tests.simt.test_registry import HALVES, emulated, pytestmark  # noqa: F401
+from tests.simt.test_registry import emulated, pytestmark  # noqa: F401
 
 
 def dense(label, seq_q, seq_k, heads, kv_heads, dim, v_dim=None, **kwargs):

@@ -8,11 +8,9 @@ import torch
 
 import llmcore
 from llmcore.ops import registry
-from llmcore.ops.registry import Sample
+from llmcore.ops.registry import HALVES, Sample
 from tests.ops.checks import check_sample
 from tests.simt.test_registry import EMULATED, emulated, pytestmark  # noqa: F401
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def paged(
