@@ -156,19 +156,22 @@ Outcome copy_async() {
   return run(copy_async_kernel, 32, in, expected);
 }
 
+template <bool Cached>
 __global__ void global_16_kernel(Words w) {
-  ptx::Vec16 v = ptx::load_global_16(w.in + 4 * threadIdx.x);
+  const uint32_t* from = w.in + 4 * threadIdx.x;
+  ptx::Vec16 v = Cached ? ptx::load_cached_16(from) : ptx::load_global_16(from);
   const uint32_t first = v.x[0];
   v.x[0] = v.x[3];
   v.x[3] = first;
   ptx::store_global_16(w.out + 4 * (31 - threadIdx.x), v);
 }
+template <bool Cached>
 Outcome global_16() {
   std::vector<uint32_t> in, expected(128);
   for (uint32_t i = 0; i < 128; ++i) in.push_back(i * i);
   for (int t = 0; t < 32; ++t)
     for (int j = 0; j < 4; ++j) expected[4 * (31 - t) + j] = in[4 * t + (j == 0 ? 3 : j == 3 ? 0 : j)];
-  return run(global_16_kernel, 32, in, expected);
+  return run(global_16_kernel<Cached>, 32, in, expected);
 }
 
 __global__ void red_add_kernel(Words w) {  // words 0 to 3, which one thread zeroes first
@@ -300,6 +303,30 @@ Outcome f16_to_float() {
       words_of({1.f, -2.f, 65504.f, 0x1p-14f, 0x1p-24f, -3 * 0x1p-24f, 1023 * 0x1p-24f, -0.f, INFINITY, -INFINITY}));
 }
 
+// Selector nibbles 0 to 3 pick from the low word, 4 to 7 from the high one.
+__global__ void permute_bytes_kernel(Words w) {
+  w.out[threadIdx.x] = ptx::permute_bytes(0x33221100, 0x77665544, w.in[threadIdx.x]);
+}
+Outcome permute_bytes() {
+  return run(permute_bytes_kernel, 4, {0x3210, 0x7654, 0x0246, 0x7153},
+             {0x33221100u, 0x77665544u, 0x00224466u, 0x77115533u});
+}
+
+// x * x - round(x * x) is what an fma would leave; the product by itself leaves nothing.
+__global__ void product_kernel(Words w) {
+  const float x = ptx::from_bits(w.in[threadIdx.x]);
+  const float rounded = ptx::from_bits(w.in[4 + threadIdx.x]);
+  w.out[threadIdx.x] = ptx::bits(ptx::product(x, x) - rounded);
+}
+Outcome product() {
+  std::vector<float> in = {1.0000001f, 3.3333333f, 1e-3f, 12345.678f};
+  for (int i = 0; i < 4; ++i) {
+    const volatile float rounded = in[i] * in[i];
+    in.push_back(static_cast<float>(rounded));
+  }
+  return run(product_kernel, 4, words_of(in), std::vector<uint32_t>(4, 0));
+}
+
 // ---- approximate arithmetic: within what the PTX ISA promises
 // --------------------------------------------------------
 
@@ -313,6 +340,7 @@ const std::vector<float> kArguments = {0.f,     1.f,  -1.f,    0.3f,     -0.7f, 
 PTX_DEVICE float exp2_wrapper(float x) { return ptx::exp2(x); }
 PTX_DEVICE float tanh_wrapper(float x) { return ptx::tanh_approx(x); }
 PTX_DEVICE float rsqrt_wrapper(float x) { return ptx::rsqrt(x); }
+PTX_DEVICE float reciprocal_wrapper(float x) { return ptx::reciprocal(x); }
 
 template <float (*F)(float), double (*Exact)(double)>
 Outcome arithmetic(std::vector<float> in, double tolerance) {
@@ -321,6 +349,7 @@ Outcome arithmetic(std::vector<float> in, double tolerance) {
   return run(arithmetic_kernel<F>, static_cast<int>(in.size()), in, expected, tolerance);
 }
 double exact_rsqrt(double x) { return 1 / std::sqrt(x); }
+double exact_reciprocal(double x) { return 1 / x; }
 
 Outcome exp2() {
   std::vector<float> in = kArguments;
@@ -330,6 +359,11 @@ Outcome exp2() {
 Outcome tanh_approx() { return arithmetic<tanh_wrapper, std::tanh>(kArguments, 0x1p-10); }
 Outcome rsqrt() {
   return arithmetic<rsqrt_wrapper, exact_rsqrt>({1.f, 2.f, 0.1f, 1e-30f, 1e30f, 0.f, INFINITY, -1.f, NAN}, 0x1p-21);
+}
+
+Outcome reciprocal() {
+  return arithmetic<reciprocal_wrapper, exact_reciprocal>(
+      {1.f, -3.f, 0.1f, 1e-30f, 1e30f, 0.f, -0.f, INFINITY, -INFINITY, NAN}, 0x1p-22);
 }
 
 }  // namespace
@@ -342,7 +376,10 @@ std::vector<Correct> known_answers() {
       {"named_barriers", named_barriers},
       {"syncwarp", syncwarp},
       {"copy_async", copy_async},
-      {"global_16", global_16},
+      {"global_16", global_16<false>},
+      {"cached_16", global_16<true>},
+      {"permute_bytes", permute_bytes},
+      {"product", product},
       {"red_add", red_add},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
@@ -354,6 +391,7 @@ std::vector<Correct> known_answers() {
       {"exp2", exp2},
       {"tanh_approx", tanh_approx},
       {"rsqrt", rsqrt},
+      {"reciprocal", reciprocal},
   };
 }
 
