@@ -108,20 +108,16 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads(), kForwardTiles
   const int q_pitch = kAny ? row_pitch(head_dim) : kKPitch;
   const uint32_t address = ptx::shared_address(shared), ring = kPlanBytes + kRows * larger(q_pitch, kOutPitch);
 
-  // ---- the producer: brings one item after the other into the ring
-  // (with one K and one V item in a tile, the caller knows which is next)
-  const auto key_offset = [&](const RowStrides& strides, int key) {
+  // ---- the producer: brings one item after the other into the ring. With one K and one V item in a tile, the caller
+  // knows which is next.
+  const auto place_of_key = [&](const RowStrides& strides, const float* scales, int key) {
     const int64_t head = task.kv_head * strides.head;
-    if (!shape.block_table) return head + task.b * strides.batch + (task.seq.k_start + key) * strides.row;
-    const int block_size = static_cast<int>(shape.block_size);
+    if (!shape.block_table)
+      return RowPlace{head + task.b * strides.batch + (task.seq.k_start + key) * strides.row, 1.f};
+    const int block_size = static_cast<int>(shape.block_size), in_block = key % block_size;
     const int64_t block = shape.block_table[task.b * shape.table_stride + key / block_size];
-    return head + block * strides.batch + key % block_size * strides.row;
-  };
-  const auto key_factor = [&](const float* scales, int key) {
-    if (!scales) return 1.f;
-    const int block_size = static_cast<int>(shape.block_size);
-    const int64_t block = shape.block_table[task.b * shape.table_stride + key / block_size];
-    return scales[(block * block_size + key % block_size) * shape.kv_heads + task.kv_head];
+    const float factor = scales ? scales[(block * block_size + in_block) * shape.kv_heads + task.kv_head] : 1.f;
+    return RowPlace{head + block * strides.batch + in_block * strides.row, factor};
   };
   KeyTiles<kKeys> tiles;
   tiles.start(plan.keys);
@@ -132,21 +128,19 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads(), kForwardTiles
       item = 0;
     }
     if (tiles.at == kNoTile) return;
-    const int tile = tiles.at;
-    const int first_key = tile * kKeys, keys = smaller(task.seq.num_k - first_key, kKeys);
+    const int first_key = tiles.at * kKeys, keys = smaller(task.seq.num_k - first_key, kKeys);
     const uint32_t to = ring + slot * kTile.slot_bytes();
-    if (kAny ? item < k_items : is_k)
-      stage_rows<T, kKeys, kTile.k_columns, kThreads>(shared, to, kKPitch, {p.k, p.kv_dtype, copies.k}, keys,
-                                                      kAny ? item * kTile.k_columns : 0, head_dim, [&](int i) {
-                                                        return RowPlace{key_offset(p.k_strides, first_key + i),
-                                                                        key_factor(p.k_scale, first_key + i)};
-                                                      });
-    else
-      stage_rows<T, kKeys, kTile.v_columns, kThreads>(
-          shared, to, kVPitch, {p.v, p.kv_dtype, copies.v}, keys,
-          kAny ? v_begin + (item - k_items) * kTile.v_columns : 0, static_cast<int>(shape.v_head_dim), [&](int i) {
-            return RowPlace{key_offset(p.v_strides, first_key + i), key_factor(p.v_scale, first_key + i)};
-          });
+    if (kAny ? item < k_items : is_k) {
+      const int column = kAny ? item * kTile.k_columns : 0;
+      const auto place = [&](int i) { return place_of_key(p.k_strides, p.k_scale, first_key + i); };
+      stage_rows<T, kKeys, kTile.k_columns, kThreads>(shared, to, kKPitch, {p.k, p.kv_dtype, copies.k}, keys, column,
+                                                      head_dim, place);
+    } else {
+      const int column = kAny ? v_begin + (item - k_items) * kTile.v_columns : 0;
+      const auto place = [&](int i) { return place_of_key(p.v_strides, p.v_scale, first_key + i); };
+      stage_rows<T, kKeys, kTile.v_columns, kThreads>(shared, to, kVPitch, {p.v, p.kv_dtype, copies.v}, keys, column,
+                                                      static_cast<int>(shape.v_head_dim), place);
+    }
   };
   // Waits for the next item to be worked on and returns its address. Behind the barrier nobody reads the item before it
   // any longer, so its place takes the item after the next: of the same kind, where a tile has one item of each.
@@ -163,7 +157,6 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads(), kForwardTiles
 
   // ---- what each warp holds
   const int first_row = task.first_row + warp_row;
-  const float factor = exponent_factor(mask);
   const uint32_t q_lane = lane_offset_a(q_pitch), k_lane = lane_offset_b(kKPitch), v_lane = lane_offset_a(kVPitch);
   float out[kFragments][kOutTiles][4] = {}, top[kFragments][2], total[kFragments][2];
 #pragma unroll
@@ -188,17 +181,15 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads(), kForwardTiles
   // ---- the first copies
   produce(0, true);
   if (tiles.at != kNoTile) {
-    for (int column = 0; column < head_dim; column += kTile.k_columns) {
-      stage_rows<T, kRows, kTile.k_columns, kThreads>(
-          shared, kPlanBytes + 2 * column, q_pitch, {p.q, p.q_dtype, copies.q}, task.num_rows - task.first_row, column,
-          head_dim, [&](int i) {
-            const int row = task.first_row + i;
-            return RowPlace{task.b * p.q_strides.batch + (task.seq.q_start + row / task.group) * p.q_strides.row +
-                                (task.kv_head * task.group + row % task.group) * p.q_strides.head,
-                            1.f};
-          });
-      if (!kAny) break;
-    }
+    const auto place = [&](int i) {
+      const int row = task.first_row + i, query = row / task.group, head = task.kv_head * task.group + row % task.group;
+      return RowPlace{
+          task.b * p.q_strides.batch + (task.seq.q_start + query) * p.q_strides.row + head * p.q_strides.head, 1.f};
+    };
+    for (int column = 0; column < (kAny ? head_dim : 1); column += kTile.k_columns)
+      stage_rows<T, kRows, kTile.k_columns, kThreads>(shared, kPlanBytes + 2 * column, q_pitch,
+                                                      {p.q, p.q_dtype, copies.q}, task.num_rows - task.first_row,
+                                                      column, head_dim, place);
     ptx::copy_commit();
     produce(1, false);
     ptx::copy_commit();
@@ -254,7 +245,7 @@ __global__ void __launch_bounds__(kForwardTiles[kIndex].threads(), kForwardTiles
       for (int i = 0; i < 2 * kFragments; ++i)
         mask_by_blocks(mask, task, first_row + 8 * i + lane / 4, key, i % 2, s[i / 2]);
     }
-    softmax(factor, s, top, total, out);
+    softmax(exponent_factor(mask), s, top, total, out);
     uint32_t probabilities[kFragments][kKeys / 16][4];
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
@@ -327,16 +318,13 @@ bool rows_fit(const void* base, const RowStrides& s) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && s.batch % 8 == 0 && s.row % 8 == 0 && s.head % 8 == 0;
 }
 
-constexpr bool serves(const Tile& tile, int64_t head_dim, int64_t v_head_dim) {
-  return tile.any_head_dim() || (ceil_div<int64_t>(head_dim, 16) * 16 == tile.head_dim &&
-                                 ceil_div<int64_t>(v_head_dim, 16) * 16 == tile.v_head_dim);
-}
-
 template <class T, int kIndex = 0>
 Status with_tile(const AttentionParams& p, const Device& device) {
   constexpr Tile kTile = kForwardTiles[kIndex];
-  if constexpr (!kTile.any_head_dim())  // the last of the table
-    if (!serves(kTile, p.shape.head_dim, p.shape.v_head_dim)) return with_tile<T, kIndex + 1>(p, device);
+  if constexpr (!kTile.any_head_dim())  // which is the last of the table
+    if (ceil_div<int64_t>(p.shape.head_dim, 16) * 16 != kTile.head_dim ||
+        ceil_div<int64_t>(p.shape.v_head_dim, 16) * 16 != kTile.v_head_dim)
+      return with_tile<T, kIndex + 1>(p, device);
   const int64_t tasks = task_bound(p.shape, kTile.rows()) * p.shape.kv_heads;
   if (tasks > INT32_MAX) return "attention: more blocks of queries than a grid may have";
   const int q_pitch = row_pitch(kTile.any_head_dim() ? static_cast<int>(p.shape.head_dim) : kTile.k_columns);
