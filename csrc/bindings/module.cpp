@@ -36,9 +36,10 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LLMCORE_EMULATE_CUDA
   m.def(
       "emulator_options",
-      [](const std::string& schedule, const std::string& copies, uint64_t seed) {
-        simt::options() = {simt::schedule_named(schedule), simt::copies_named(copies), seed};
+      [](const std::string& schedule, const std::string& copies, uint64_t seed, size_t shared_bytes) {
+        simt::options() = {simt::schedule_named(schedule), simt::copies_named(copies), seed, shared_bytes};
       },
+      py::arg("schedule"), py::arg("copies"), py::arg("seed"), py::arg("shared_bytes") = simt::Options().shared_bytes,
       "How the emulator runs the CUDA kernels that this thread launches from now on.");
   m.def(
       "emulator_counters",

@@ -321,15 +321,15 @@ bool rows_fit(const void* base, const RowStrides& s) {
 template <class T, int kIndex = 0>
 Status with_tile(const AttentionParams& p, const Device& device) {
   constexpr Tile kTile = kForwardTiles[kIndex];
-  if constexpr (!kTile.any_head_dim())  // which is the last of the table
-    if (ceil_div<int64_t>(p.shape.head_dim, 16) * 16 != kTile.head_dim ||
-        ceil_div<int64_t>(p.shape.v_head_dim, 16) * 16 != kTile.v_head_dim)
-      return with_tile<T, kIndex + 1>(p, device);
   const int64_t tasks = task_bound(p.shape, kTile.rows()) * p.shape.kv_heads;
   if (tasks > INT32_MAX) return "attention: more blocks of queries than a grid may have";
   const int q_pitch = row_pitch(kTile.any_head_dim() ? static_cast<int>(p.shape.head_dim) : kTile.k_columns);
   const int shared_bytes =
       kPlanBytes + kTile.rows() * larger(q_pitch, row_pitch(kTile.out_columns())) + kSlots * kTile.slot_bytes();
+  if constexpr (!kTile.any_head_dim())  // which is the last of the table, and small enough for any device
+    if (ceil_div<int64_t>(p.shape.head_dim, 16) * 16 != kTile.head_dim ||
+        ceil_div<int64_t>(p.shape.v_head_dim, 16) * 16 != kTile.v_head_dim || shared_bytes > device.shared_bytes)
+      return with_tile<T, kIndex + 1>(p, device);
   const bool same_type = p.kv_dtype == p.q_dtype && !p.k_scale;
   const Rows copies{rows_fit(p.q, p.q_strides), same_type && rows_fit(p.k, p.k_strides),
                     same_type && rows_fit(p.v, p.v_strides), rows_fit(p.out, p.out_strides)};
@@ -340,14 +340,14 @@ Status with_tile(const AttentionParams& p, const Device& device) {
 }  // namespace
 
 int64_t attention_forward_workspace(const AttentionParams& p, const Device& device) {
-  return attention_decode_serves(p) ? attention_decode_workspace(p, device) : 0;
+  return attention_decode_serves(p, device) ? attention_decode_workspace(p, device) : 0;
 }
 
 Status attention_forward(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
   if (s.batch == 0 || s.total_q == 0) return nullptr;
 
-  if (attention_decode_serves(p)) return attention_decode(p, device);
+  if (attention_decode_serves(p, device)) return attention_decode(p, device);
 
   if (s.head_dim > kMaxHeadDim) return "attention: head sizes beyond 576 have no CUDA kernel";
   if (s.total_q * (s.heads / s.kv_heads) >= kNoEnd || larger(s.seq_k, s.table_stride * s.block_size) >= kNoEnd)

@@ -529,7 +529,7 @@ Status run_gradients(const AttentionBackwardParams& p, const Device& device) {
   if constexpr (kEntry < std::size(tiles<kKeys>())) {
     constexpr Tile kTile = tiles<kKeys>()[kEntry];
     constexpr int kShared = kTile.shared_bytes(kKeys);
-    if (s.head_dim <= kTile.dim && s.v_head_dim <= kTile.v_dim && kShared <= shared_memory_limit())
+    if (s.head_dim <= kTile.dim && s.v_head_dim <= kTile.v_dim && kShared <= device.shared_bytes)
       return launch(gradients<T, kKeys, kEntry>, grid(kTile.owned(), 1), kTile.threads(), kShared, device, p);
     return run_gradients<T, kKeys, kEntry + 1>(p, device);
   } else {

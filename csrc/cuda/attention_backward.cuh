@@ -264,17 +264,5 @@ PTX_DEVICE void write(const Accumulator<kBlocks, kWidth>& acc, const Rows<T>& to
     }
 }
 
-// Shared memory that a CTA can have on the current device.
-inline int shared_memory_limit() {
-#ifdef __CUDACC__
-  int device = 0, bytes = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-#else
-  return 227 * 1024;
-#endif
-}
-
 }  // namespace cuda
 }  // namespace llmcore

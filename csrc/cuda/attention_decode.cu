@@ -288,6 +288,16 @@ Plan make_plan(const AttentionParams& p, const Device& device) {
   return plan;
 }
 
+template <bool Int8>
+bool tile_fits(const AttentionParams& p, const Device& device) {
+  bool fits = false;
+  with_tile<Int8>(tile_for(p, is_latent(p)), [&](auto index) -> Status {
+    fits = Layout<Int8, decltype(index)::value>::kBytes <= device.shared_bytes;
+    return nullptr;
+  });
+  return fits;
+}
+
 template <class T, bool Int8>
 Status run(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
@@ -310,13 +320,14 @@ Status run(const AttentionParams& p, const Device& device) {
 }  // namespace
 }  // namespace decode
 
-bool attention_decode_serves(const AttentionParams& p) {
+bool attention_decode_serves(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
   if (!s.block_table || p.mask.block_mask || p.q_dtype == DType::f32) return false;
   if (s.cu_q && s.total_q != s.batch) return false;
   // Positions and pages are 32-bit numbers on the device, kv_heads is a grid's y.
   if (s.block_size > INT32_MAX || s.kv_heads > 65535 || s.total_q * s.heads > INT32_MAX) return false;
-  return decode::tile_for(p, false) >= 0;
+  if (decode::tile_for(p, false) < 0) return false;
+  return p.kv_dtype == DType::i8 ? decode::tile_fits<true>(p, device) : decode::tile_fits<false>(p, device);
 }
 
 int64_t attention_decode_workspace(const AttentionParams& p, const Device& device) {

@@ -22,7 +22,11 @@ namespace cpu {
 namespace cuda_emulated {
 namespace {
 
-const cuda::Device kDevice{nullptr, 3};  // few multiprocessors, so that small grids wrap around
+cuda::Device device() {
+  cuda::Device d{};
+  cuda::describe(0, d);
+  return d;
+}
 
 void check(cuda::Status status, const char* kernel) {
   if (status) throw std::runtime_error(std::string(kernel) + " on the emulator: " + status);
@@ -39,7 +43,7 @@ std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
 }  // namespace
 
 #define ON_THE_EMULATOR(kernel, Params) \
-  void kernel(const Params& p, const Parallel&) { check(cuda::kernel(p, kDevice), #kernel); }
+  void kernel(const Params& p, const Parallel&) { check(cuda::kernel(p, device()), #kernel); }
 #define WITHOUT_CUDA_KERNEL(kernel, Params) \
   void kernel(const Params& p, const Parallel& par) { portable::kernel(p, par); }
 
@@ -67,16 +71,16 @@ ON_THE_EMULATOR(rope, RopeParams)
 void attention_forward(const AttentionParams& p, const Parallel& par) {
   if (p.q_dtype == DType::f32) return portable::attention_forward(p, par);
   AttentionParams with = p;
-  const auto workspace = workspace_of(cuda::attention_forward_workspace(p, kDevice));
+  const auto workspace = workspace_of(cuda::attention_forward_workspace(p, device()));
   with.workspace = workspace.get();
-  check(cuda::attention_forward(with, kDevice), "attention_forward");
+  check(cuda::attention_forward(with, device()), "attention_forward");
 }
 void attention_backward(const AttentionBackwardParams& p, const Parallel& par) {
   if (p.dtype == DType::f32) return portable::attention_backward(p, par);
   AttentionBackwardParams with = p;
-  const auto workspace = workspace_of(cuda::attention_backward_workspace(p, kDevice));
+  const auto workspace = workspace_of(cuda::attention_backward_workspace(p, device()));
   with.workspace = workspace.get();
-  check(cuda::attention_backward(with, kDevice), "attention_backward");
+  check(cuda::attention_backward(with, device()), "attention_backward");
 }
 
 }  // namespace cuda_emulated

@@ -281,7 +281,8 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
   if (block.count() == 0 || block.count() > 1024 || grid.count() == 0 || grid.y > 65535 || grid.z > 65535)
     throw Error("invalid configuration: grid (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
                 std::to_string(grid.z) + "), " + std::to_string(block.count()) + " threads");
-  if (shared_bytes > 227 * 1024) throw Error(std::to_string(shared_bytes) + " bytes of shared memory; at most 232448");
+  if (const size_t most = machine.options.shared_bytes; shared_bytes > most)
+    throw Error(std::to_string(shared_bytes) + " bytes of shared memory; this device has " + std::to_string(most));
   machine.grid = grid;
   machine.block = block;
   machine.body = &body;

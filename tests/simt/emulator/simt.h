@@ -38,6 +38,7 @@ struct Options {
   Schedule schedule = Schedule::round_robin;
   Copies copies = Copies::late;
   uint64_t seed = 1;
+  size_t shared_bytes = 227 * 1024;  // that a CTA may have, as on an sm_90; an sm_86 has 99 KiB
 };
 Options& options();
 

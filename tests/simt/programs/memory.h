@@ -88,6 +88,6 @@ class SmallIntegers {
   uint32_t state_ = 1;
 };
 
-inline const llmcore::cuda::Device kDevice{nullptr, 1};
+inline const llmcore::cuda::Device kDevice{nullptr, 1, 227 * 1024};
 
 }  // namespace programs

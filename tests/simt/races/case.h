@@ -59,7 +59,7 @@ struct Output {
   const Tensor* replaces = nullptr;
 };
 
-constexpr llmcore::cuda::Device kDevice{nullptr, 3};
+constexpr llmcore::cuda::Device kDevice{nullptr, 3, 227 * 1024};
 extern const llmcore::Parallel kSerial;
 
 void run_and_compare(const char* label, std::initializer_list<Output> outputs, void* context,

@@ -1,0 +1,40 @@
+"""Cards with less shared memory for a CTA (99 KiB on sm_86 and sm_89): other tiles, the same results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llmcore
+from llmcore.ops import Sample, registry
+from tests.ops.checks import check_sample
+from tests.simt.test_registry import EMULATED, pytestmark  # noqa: F401
+
+
+@pytest.fixture(params=[99, 163])
+def small_card(request):
+    before = llmcore._C.active_cpu_isa()
+    assert llmcore._C.set_cpu_isa(EMULATED)
+    llmcore._C.emulator_options("round_robin", "late", 1, shared_bytes=request.param * 1024)
+    yield
+    llmcore._C.emulator_options("round_robin", "late", 1)
+    llmcore._C.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (192, 128), (256, 256), (576, 512)])
+def test_attention(small_card, dim, v_dim):
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 1, d, generator=make).bfloat16() for d in (dim, dim, v_dim))
+    sample = Sample(f"{dim}/{v_dim}", (q, k, v), {"causal": True}, (0, 1, 2))
+    with llmcore.backend("kernel"):
+        check_sample(registry["attention"], sample)
+
+
+@pytest.mark.parametrize(("heads", "dim", "v_dim"), [(8, 128, 128), (40, 256, 256), (16, 576, 512), (40, 576, 512)])
+def test_decode(small_card, heads, dim, v_dim):
+    make = torch.Generator().manual_seed(0)
+    q = torch.randn(2, heads, dim, generator=make).bfloat16()
+    k, v = (torch.randn(8, 16, 1, d, generator=make).bfloat16() for d in (dim, v_dim))
+    table, lengths = torch.randperm(8, generator=make).view(2, 4).int(), torch.tensor([50, 17], dtype=torch.int32)
+    with llmcore.backend("kernel"):
+        check_sample(registry["paged_attention"], Sample(f"{dim}/{v_dim}", (q, k, v, table, lengths)))
