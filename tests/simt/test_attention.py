@@ -9,7 +9,6 @@ import torch
 from llmcore.ops import BlockMask, registry
 from llmcore.ops.registry import HALVES, Sample
 from tests.ops.checks import check_sample
-from tests.simt.test_registry import emulated, pytestmark  # noqa: F401
 
 
 def dense(label, seq_q, seq_k, heads, kv_heads, dim, v_dim=None, **kwargs):
@@ -56,6 +55,6 @@ CASES = dict([
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("label", CASES)
-def test_attention(label, dtype, emulated):  # noqa: F811
+def test_attention(label, dtype, emulated):
     make = torch.Generator().manual_seed(0)
     check_sample(registry["attention"], CASES[label](dtype, lambda *shape: torch.randn(*shape, generator=make)))

@@ -11,9 +11,7 @@ from llmcore.ops import registry
 from llmcore.ops.block_mask import BlockMask
 from llmcore.ops.registry import Sample
 from tests.ops.checks import check_sample, copied, run_with_gradients
-from tests.simt.test_registry import EMULATED, MODES, emulated  # noqa: F401 (the fixture)
-
-pytestmark = pytest.mark.skipif(EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels")
+from tests.simt.emulation import MODES, emulator
 
 
 def sample(label, seq_q, seq_k, heads, kv_heads, dim, v_dim, **kwargs):
@@ -42,7 +40,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize("emulated", [("random", "random")], indirect=True, ids="-".join)
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.label)
-def test_every_tile_matches_the_reference(sample, emulated):  # noqa: F811
+def test_every_tile_matches_the_reference(sample, emulated):
     with llmcore.backend("kernel"):
         check_sample(registry["attention"], sample)
 
@@ -50,15 +48,9 @@ def test_every_tile_matches_the_reference(sample, emulated):  # noqa: F811
 def test_the_same_bits_under_every_schedule():
     attention = sample("two warps share columns", 140, 200, 4, 2, 128, 128, causal=True)
     seeds = [torch.ones(1, 140, 4, 128), torch.ones(1, 4, 140)]
-    before, gradients = llmcore._C.active_cpu_isa(), []
-    assert llmcore._C.set_cpu_isa(EMULATED)
-    try:
-        for mode in MODES:
-            llmcore._C.emulator_options(*mode, 2)
-            with llmcore.backend("kernel"):
-                gradients.append(run_with_gradients(registry["attention"].op, copied(attention), seeds)[1])
-    finally:
-        llmcore._C.emulator_options("round_robin", "late", 1)
-        llmcore._C.set_cpu_isa(before)
+    gradients = []
+    for mode in MODES:
+        with emulator(*mode, seed=2), llmcore.backend("kernel"):
+            gradients.append(run_with_gradients(registry["attention"].op, copied(attention), seeds)[1])
     for other in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], other))

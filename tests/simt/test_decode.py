@@ -10,7 +10,7 @@ import llmcore
 from llmcore.ops import registry
 from llmcore.ops.registry import HALVES, Sample
 from tests.ops.checks import check_sample
-from tests.simt.test_registry import EMULATED, emulated, pytestmark  # noqa: F401
+from tests.simt.emulation import MODES, emulator
 
 
 def paged(
@@ -118,13 +118,13 @@ def check(sample):
 
 
 @pytest.mark.parametrize("sample", [pytest.param(s, id=s.label) for s in samples()])
-def test_decode_matches_reference(sample, emulated):  # noqa: F811
+def test_decode_matches_reference(sample, emulated):
     check(sample)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("cache", [None, torch.int8])
-def test_values_of_any_size(dtype, cache, emulated):  # noqa: F811
+def test_values_of_any_size(dtype, cache, emulated):
     for factor in (1e-3, 1e3):
         sample = paged("sizes", [90], 4, 1, 64, 16, dtype=dtype, cache=cache)
         if cache == torch.int8:
@@ -134,7 +134,7 @@ def test_values_of_any_size(dtype, cache, emulated):  # noqa: F811
         check(sample)
 
 
-def test_nan_in_a_key_reaches_its_rows_alone(emulated):  # noqa: F811
+def test_nan_in_a_key_reaches_its_rows_alone(emulated):
     sample = paged("NaN", [70, 40], 4, 2, 64, 16)
     _, k, _, table, _ = sample.args
     k[table[0, 2], 3, 0] = torch.nan
@@ -148,14 +148,8 @@ def test_nan_in_a_key_reaches_its_rows_alone(emulated):  # noqa: F811
 
 def test_same_bits_under_every_schedule():
     sample = paged("bits", [500, 90], 8, 2, 64, 16)
-    before, outs = llmcore._C.active_cpu_isa(), []
-    assert llmcore._C.set_cpu_isa(EMULATED)
-    try:
-        for mode in (("round_robin", "late"), ("priorities", "early"), ("random", "random")):
-            llmcore._C.emulator_options(*mode, 1)
-            with llmcore.backend("kernel"):
-                outs.append(registry["paged_attention"].op(*sample.args, **sample.kwargs))
-    finally:
-        llmcore._C.emulator_options("round_robin", "late", 1)
-        llmcore._C.set_cpu_isa(before)
+    outs = []
+    for mode in MODES:
+        with emulator(*mode), llmcore.backend("kernel"):
+            outs.append(registry["paged_attention"].op(*sample.args, **sample.kwargs))
     assert all(torch.equal(outs[0], out) for out in outs)

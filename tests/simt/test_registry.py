@@ -10,14 +10,7 @@ import llmcore
 from llmcore.ops import registry
 from tests.ops.checks import check_sample
 
-EMULATED = "cuda_emulated"
-pytestmark = pytest.mark.skipif(
-    EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)"
-)
-
 CUDA_OPS = {name: spec.dtypes["cuda"] for name, spec in registry.items() if "cuda" in spec.dtypes}
-# (schedule, copies): the least and the most orderly, and one that runs some warps far ahead
-MODES = [("round_robin", "late"), ("priorities", "early"), ("random", "random")]
 
 
 def cases():
@@ -26,16 +19,6 @@ def cases():
             for sample in registry[name].samples(dtype, "cpu"):
                 label = f"{name}-{str(dtype).removeprefix('torch.')}-{sample.label}"
                 yield pytest.param(registry[name], sample, id=label)
-
-
-@pytest.fixture(params=MODES, ids="-".join)
-def emulated(request):
-    before = llmcore._C.active_cpu_isa()
-    assert llmcore._C.set_cpu_isa(EMULATED)
-    llmcore._C.emulator_options(*request.param, 1)
-    yield
-    llmcore._C.emulator_options("round_robin", "late", 1)
-    llmcore._C.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize(("spec", "sample"), list(cases()))

@@ -10,11 +10,7 @@ import llmcore
 from llmcore.ops import Sample, registry
 from llmcore.ops.registry import FLOATS
 from tests.ops.checks import check_sample
-from tests.simt.test_registry import EMULATED, emulated  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.skipif(
-    EMULATED not in llmcore._C.cpu_isas(), reason="this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)"
-)
 # Multiples of 8 (16 where int8 is written) are read 16 bytes at a time; 8200 and 4101 are longer than the largest team
 # holds.
 LENGTHS = (128, 264, 1040, 4104, 8200, 259, 2051, 4101)
@@ -47,7 +43,7 @@ def samples(name: str, dim: int, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("dim", LENGTHS)
 @pytest.mark.parametrize("name", ["dyt", "kv_cache_write", "layer_norm", "rms_norm"])
-def test_row_length(name, dim, dtype, emulated):  # noqa: F811
+def test_row_length(name, dim, dtype, emulated):
     for sample in samples(name, dim, dtype):
         with llmcore.backend("kernel"), torch.random.fork_rng():
             check_sample(registry[name], sample)

@@ -8,17 +8,13 @@ import torch
 import llmcore
 from llmcore.ops import Sample, registry
 from tests.ops.checks import check_sample
-from tests.simt.test_registry import EMULATED, pytestmark  # noqa: F401
+from tests.simt.emulation import emulator
 
 
 @pytest.fixture(params=[99, 163])
 def small_card(request):
-    before = llmcore._C.active_cpu_isa()
-    assert llmcore._C.set_cpu_isa(EMULATED)
-    llmcore._C.emulator_options("round_robin", "late", 1, shared_bytes=request.param * 1024)
-    yield
-    llmcore._C.emulator_options("round_robin", "late", 1)
-    llmcore._C.set_cpu_isa(before)
+    with emulator(shared_bytes=request.param * 1024):
+        yield
 
 
 @pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (192, 128), (256, 256), (576, 512)])
