@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One command for a machine with a CUDA GPU: build for it, test, look for memory errors, benchmark.
 #
-#     bench/gpu.sh OUTDIR [--build] [--test] [--sanitize] [--bench]      (no stage named: all)
+#     bench/gpu.sh OUTDIR [--build] [--test] [--sanitize] [--bench] [--model]      (no stage named: all)
 #
 # Needs nvcc, a torch that was built for CUDA, and the build tools of pyproject.toml in the current Python. Stays within
 # 9 minutes: stages that are cut short leave what they have. Reads the card's settings and changes none. Without a GPU
@@ -11,7 +11,7 @@ set -euo pipefail
 mkdir -p "$1"
 out=$(realpath "$1")
 shift
-stages=" ${*:---build --test --sanitize --bench} "
+stages=" ${*:---build --test --sanitize --bench --model} "
 cd "$(dirname "$0")/.."
 failed=""
 limit=540
@@ -61,5 +61,9 @@ if wants sanitize && command -v compute-sanitizer >/dev/null; then
   done
   run sanitize_ops compute-sanitizer --tool memcheck --error-exitcode 1 python bench/gpu.py --small
 fi
-wants bench && run bench python bench/gpu.py --json "$out/gpu.json" --seconds $((limit > SECONDS + 30 ? limit - SECONDS - 30 : 5))
+if wants bench; then
+  seconds=$((limit - SECONDS - 30 - $(wants model && echo 150 || echo 0)))
+  run bench python bench/gpu.py --json "$out/gpu.json" --seconds $((seconds > 5 ? seconds : 5))
+fi
+wants model && run model python bench/model.py --device cuda --json "$out/model.json"
 finish

@@ -34,6 +34,12 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """The recipe keys that the command line sets; --set speaks last."""
+    device = [f"train.device={json.dumps(args.device)}"] if args.device else []
+    return [*device, *args.set]
+
+
 def _finish(run_dir: Path, result: object, resume_command: str) -> int:
     """Say how a run ended; its exit code."""
     if result.signal is not None:
@@ -62,7 +68,7 @@ def quickstart(args: argparse.Namespace) -> int:
     from llmcore.training.config import SHIPPED, RecipeError, load_recipe
     from llmcore.training.pretrain import new_run_dir
 
-    overrides = list(args.set)
+    overrides = _overrides(args)
     if args.minutes is not None:
         if not 0 < args.minutes < float("inf"):
             raise RecipeError(f"--minutes is {args.minutes}; accepted is a number above 0")
@@ -103,16 +109,17 @@ def pretrain(args: argparse.Namespace) -> int:
         if args.out:
             raise RecipeError("--out goes with a new run; --resume goes on in the folder of the old one")
         run_dir = Path(args.resume)
-        return _run(_own_recipe(run_dir, args.set), run_dir, args, resume=True)
-    recipe = load_recipe(args.recipe, args.set)
+        return _run(_own_recipe(run_dir, _overrides(args)), run_dir, args, resume=True)
+    recipe = load_recipe(args.recipe, _overrides(args))
     return _run(recipe, Path(args.out) if args.out else new_run_dir(recipe.name), args, resume=False)
 
 
 def generate(args: argparse.Namespace) -> int:
     from llmcore.inference import generate as run
     from llmcore.inference import load_model
+    from llmcore.inference.device import find_device
 
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, find_device(args.device, "--device"))
     stop = [i for i in [tokenizer.eos_id] if i is not None]
     prompt = tokenizer.encode(args.prompt)
     if not prompt:  # what begins a document: the end of the one before it
@@ -187,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
+    device = {"metavar": "DEVICE", "help": "auto (the GPU where there is one), cpu, cuda or cuda:N"}
     setting = {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "override a recipe key (repeatable)"}
     text = "Train a small model on real text and generate from it, offline: about 5 minutes on 2 cores."
     p = add("quickstart", quickstart, text)
@@ -196,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "training time; the tokenizer and the data before it take about half a minute more (default: 4)"
     p.add_argument("--minutes", type=float, help=text)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest)")
+    p.add_argument("--device", **device)
     p.add_argument("--set", **setting)
 
     p = add("pretrain", pretrain, "Train a model as a recipe says.")
@@ -203,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--set", **setting)
     p.add_argument("--out", metavar="RUN", help="the run folder (default: runs/<name>-<time>)")
     p.add_argument("--resume", metavar="RUN", help="go on with this run, by its own recipe")
+    p.add_argument("--device", **device)
 
     p = add("generate", generate, "Continue a text with a trained model.")
     p.add_argument("--model", required=True, metavar="RUN", help="a run folder or a checkpoint folder in one")
@@ -212,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
     p.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
     p.add_argument("--seed", type=int, help="same seed, same text")
+    p.add_argument("--device", default="auto", **device)
 
     p = commands.add_parser("tokenizer", help="Train a tokenizer.", description="Train a tokenizer.")
     p = add("train", tokenizer_train, "Train a tokenizer on text.", p.add_subparsers(required=True, metavar="COMMAND"))

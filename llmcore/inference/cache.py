@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from llmcore.layers import CacheStep
 from llmcore.models import ModelConfig
+
+
+class Room(NamedTuple):
+    """Where new tokens go, in the order of the sequences: `slots` and `positions` of each token, and of each sequence
+    its `lengths` with them and the `blocks` that hold it."""
+
+    slots: list[int]
+    positions: list[int]
+    lengths: list[int]
+    blocks: list[list[int]]
 
 
 class PagedKVCache:
@@ -56,6 +68,23 @@ class PagedKVCache:
             ValueError: for a count below 1 or a sequence named twice.
             MemoryError: when the blocks don't suffice; nothing has changed then.
         """
+        room = self.make_room(sequences, counts)
+        width = max(map(len, room.blocks), default=0)
+        starts = [0, *itertools.accumulate(counts)]
+        return CacheStep(
+            self.k_caches,
+            self.v_caches,
+            slot_mapping=self._tensor(room.slots, torch.int64),
+            block_table=self._tensor(
+                [blocks + [0] * (width - len(blocks)) for blocks in room.blocks], torch.int32
+            ).view(len(room.blocks), width),
+            kv_lens=self._tensor(room.lengths, torch.int32),
+            positions=self._tensor(room.positions, torch.int64),
+            cu_seqlens_q=None if all(count == 1 for count in counts) else self._tensor(starts, torch.int32),
+        )
+
+    def make_room(self, sequences: Sequence[int], counts: Sequence[int]) -> Room:
+        """What `extend` does, told on the host alone."""
         if len(set(sequences)) != len(sequences) or len(sequences) != len(counts):
             raise ValueError(f"sequences are {list(sequences)}, counts {list(counts)}; accepted: each once, one count")
         if any(count < 1 for count in counts):
@@ -79,20 +108,7 @@ class PagedKVCache:
             span = range(start, start + count)
             positions += span
             slots += [blocks[p // self.block_size] * self.block_size + p % self.block_size for p in span]
-        tables = [self.blocks[s] for s in sequences]
-        width = max(map(len, tables), default=0)
-        starts = [0, *torch.tensor(list(counts)).cumsum(0).tolist()]
-        return CacheStep(
-            self.k_caches,
-            self.v_caches,
-            slot_mapping=self._tensor(slots, torch.int64),
-            block_table=self._tensor([table + [0] * (width - len(table)) for table in tables], torch.int32).view(
-                len(tables), width
-            ),
-            kv_lens=self._tensor([self.lengths[s] for s in sequences], torch.int32),
-            positions=self._tensor(positions, torch.int64),
-            cu_seqlens_q=None if all(count == 1 for count in counts) else self._tensor(starts, torch.int32),
-        )
+        return Room(slots, positions, [self.lengths[s] for s in sequences], [self.blocks[s] for s in sequences])
 
     def release(self, sequence: int) -> None:
         """Gives a sequence's blocks back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Integral
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcore.inference.cache import PagedKVCache
+from llmcore.inference.decode_graph import DecodeGraph, can_capture
 from llmcore.inference.sampling import check_sampling, draw, probabilities
 from llmcore.models import ModelConfig, Transformer
 
@@ -56,15 +58,19 @@ def generate(
         return []
     generators = _generators(seed, len(inputs))
     weight = model.lm_head_weight
-    num_blocks = sum(PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in inputs)
-    cache = PagedKVCache(model.config, num_blocks, dtype=weight.dtype, device=weight.device)
+    num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in inputs]
+    cache = PagedKVCache(model.config, sum(num_blocks), dtype=weight.dtype, device=weight.device)
+    graphs = _DecodeGraphs(model, cache, max(num_blocks)) if can_capture(model) else None
     outputs: list[list[int]] = [[] for _ in inputs]
     running = list(range(len(inputs)))
     was_training = model.training
     model.eval()
     try:
         while running:
-            logits = _last_logits(model, cache, running, inputs)
+            if graphs is None or not outputs[running[0]]:  # the prompts
+                logits = _last_logits(model, cache, running, inputs)
+            else:
+                logits = graphs.logits(running, [tokens[-1] for tokens in inputs])
             probs = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in running])
             for index, token in zip(running, draw(probs, uniform.to(probs.device)).tolist()):
@@ -113,6 +119,21 @@ def _generators(seed: int | Sequence[int] | None, count: int) -> list[torch.Gene
         if not -(2**63) <= s < 2**64:
             raise ValueError(f"seed is {s}; accepted: -2**63 to 2**64 - 1")
     return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+class _DecodeGraphs:
+    """A `DecodeGraph` for each power of two of running sequences, made when it is first needed."""
+
+    def __init__(self, model: Transformer, cache: PagedKVCache, max_blocks: int) -> None:
+        self._graphs: dict[int, DecodeGraph] = {}
+        self._make = functools.partial(DecodeGraph, model, cache, max_blocks=max_blocks)
+        self._pool = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
+
+    def logits(self, sequences: list[int], tokens: list[int]) -> Tensor:
+        batch_size = 1 << (len(sequences) - 1).bit_length()
+        if batch_size not in self._graphs:
+            self._graphs[batch_size] = self._make(batch_size=batch_size, pool=self._pool)
+        return self._graphs[batch_size].logits(sequences, tokens)
 
 
 def _last_logits(model: Transformer, cache: PagedKVCache, sequences: list[int], inputs: list[list[int]]) -> Tensor:

@@ -11,8 +11,9 @@ from llmcore.models import ModelConfig, Transformer
 from llmcore.tokenizers import Tokenizer
 
 
-def load_model(path: str | Path) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a run folder or a checkpoint in one, in the dtype it was trained in, ready to run.
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a run folder or a checkpoint in one, in the dtype it was trained in, ready to run on
+    ``device``.
 
     Raises ``CheckpointError`` when there is no whole checkpoint or no tokenizer.
     """
@@ -36,5 +37,5 @@ def load_model(path: str | Path) -> tuple[Transformer, Tokenizer]:
     copy_tensors(model.state_dict(), checkpoint.model, folder / "model.safetensors")
     for place in (folder, folder.parent.parent):
         if (place / "tokenizer" / "tokenizer.json").is_file():
-            return model.eval(), Tokenizer.load(place / "tokenizer")
+            return model.eval().to(device), Tokenizer.load(place / "tokenizer")
     raise CheckpointError(f"{folder}: no tokenizer/tokenizer.json beside it or in its run folder")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcore.checkpoints import Checkpoint, CheckpointError, copy_tensors, find_latest, model_tensors, save_checkpoint
+from llmcore.inference.device import check_device_name
 from llmcore.training.logs import Display, RunLog, clock, plot_losses, read_log
 from llmcore.training.losses import Loss, add_metrics, mean_metrics, next_token_loss
 from llmcore.training.optim import NonFiniteError, OptimConfig, Optimizer
@@ -34,6 +35,7 @@ class TrainConfig:
     steps: int = 1000
     max_seconds: float = 0.0
     accumulation: int = 1  # micro-batches per optimizer step
+    device: str = "auto"  # cpu | cuda | cuda:N | auto (the GPU where there is one)
     dtype: str = "auto"  # compute: fp32 | bf16 | auto (bf16 where the hardware has it)
     eval_every: int = 100
     save_every: int = 500
@@ -45,6 +47,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "bf16", "auto"):
             raise ValueError(f"train.dtype is {self.dtype!r}; accepted are 'fp32', 'bf16' and 'auto'")
+        check_device_name("train.device", self.device)
         for name, least in (("accumulation", 1), ("keep_last", 1), ("log_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; accepted is {least} or more")
@@ -80,16 +83,16 @@ def evaluate(
     """The mean loss over every target of ``batches``, in nats per token; None when ``stop()`` cut it short.
 
     With ``token_bytes`` (vocab,) int64, the bytes of text each token stands for, also ``bits_per_byte``, which can be
-    compared across tokenizers.
+    compared across tokenizers. Batches are brought to the model's device.
     """
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     nll, targets, num_bytes = 0.0, 0, 0
     try:
         for batch in batches:
             if stop():
                 return None
-            loss = loss_fn(model, batch)
+            loss = loss_fn(model, on_device(batch, device))
             nll += float(loss.metrics["nll"])
             targets += loss.num_targets
             if token_bytes is not None:
@@ -104,8 +107,13 @@ def evaluate(
     return result
 
 
+def on_device(batch: Any, device: torch.device) -> Any:
+    """``batch`` on ``device``. Loaders give batches on the CPU, so a batch for a GPU has ``to(device)``."""
+    return batch if device.type == "cpu" else batch.to(device)
+
+
 class Trainer:
-    """Trains ``model`` on ``loader`` and keeps the run folder ``run_dir``.
+    """Trains ``model`` on ``loader``, on the device where ``model`` is, and keeps the run folder ``run_dir``.
 
     ``loader`` is an endless iterator of batches with ``state_dict()`` and ``load_state_dict()`` (a JSON cursor);
     ``eval_batches()`` gives the held-out batches afresh. A batch has ``tokens`` (any count of them) and what
@@ -212,7 +220,7 @@ class Trainer:
         targets = tokens = 0
         for _ in range(self.config.accumulation):
             batch = next(self.loader)
-            loss = self.loss_fn(self.model, batch)
+            loss = self.loss_fn(self.model, on_device(batch, self.device))
             loss.total.backward()
             self.optimizer.accumulate()
             add_metrics(metrics, loss.metrics)

@@ -21,6 +21,7 @@ import torch
 
 from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
 from llmcore.inference import generate
+from llmcore.inference.device import find_device
 from llmcore.models import ModelConfig, Transformer
 from llmcore.tokenizers import Tokenizer
 from llmcore.tokenizers._atomic import write_atomic
@@ -63,7 +64,8 @@ def pretrain(
             f"{checkpoints} holds no checkpoint that is whole; move the damaged ones away to resume from the first step"
         )
     # what "auto" is on this machine stays the run's, on whatever machine it is resumed
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[compute_dtype(recipe.train.dtype, torch.device("cpu"))]
+    device = find_device(recipe.train.device, "train.device")
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[compute_dtype(recipe.train.dtype, device)]
     recipe = replace(recipe, train=replace(recipe.train, dtype=dtype))
     new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def pretrain(
         if new:
             shutil.rmtree(run_dir)
         raise
-    model = Transformer(config)
+    model = Transformer(config).to(device)  # drawn on the CPU: the same weights on every device
     tokens = sum(s.num_tokens for s in corpus.train_sets.values())
     say(f"model of {model.num_parameters():,} parameters; corpus of {tokens:,} training tokens; run folder {run_dir}")
     if resume:

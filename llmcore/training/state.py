@@ -67,7 +67,7 @@ def has_native_bf16(device: torch.device) -> bool:
     On a CPU: AVX512-BF16, AMX or the Arm BF16 extension, as Linux reports them; other systems count as without.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

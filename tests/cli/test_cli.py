@@ -139,6 +139,7 @@ def test_generate_refuses_bad_settings(run, capsys, tmp_path):
     assert "max_tokens is 0" in error_of(capsys, *base, "--max-tokens", "0")
     assert "no such folder" in error_of(capsys, "generate", "--model", str(tmp_path / "no"), "--prompt", "x")
     assert "no whole checkpoint" in error_of(capsys, "generate", "--model", str(tmp_path), "--prompt", "x")
+    assert "--device is 'gpu'; accepted: auto, cpu, cuda" in error_of(capsys, *base, "--device", "gpu")
 
 
 def test_a_run_is_not_overwritten(run, folder, capsys):
@@ -171,6 +172,10 @@ def test_mistakes_in_recipes_and_arguments(capsys, tmp_path, folder):
     assert "shipped are" in error_of(capsys, "pretrain", "no.toml")
     assert "either" in error_of(capsys, "pretrain")
     assert "is no run folder" in error_of(capsys, "pretrain", "--resume", str(tmp_path))
+    assert "train.device is 'gpu'; accepted: auto, cpu, cuda" in error_of(
+        capsys, "pretrain", "llama-tiny.toml", "--device", "gpu"
+    )
+    assert "train.device is 'cuda:99'" in error_of(capsys, "pretrain", "llama-tiny.toml", "--device", "cuda:99")
     assert "--minutes is 0.0" in error_of(capsys, "quickstart", "--minutes", "0")
     assert "does not exist" in error_of(
         capsys, "quickstart", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "r"), *SMALL

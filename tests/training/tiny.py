@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +23,10 @@ class Batch:
     max_seqlen: int
     num_targets: int
     rows: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        names = ("tokens", "targets", "positions", "cu_seqlens")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def make_batch(tokens: Tensor, targets: Tensor) -> Batch:
