@@ -3,9 +3,10 @@
     python bench/gpu.py [--only NAME] [--rounds 15] [--seconds 240] [--json FILE] [--small]
 
 Every call gets its inputs from a ring of copies that together are larger than the L2 cache. A round times each
-implementation by CUDA events over one turn of the ring, in an order that is reversed every time; the medians over
-rounds are reported. Peers: torch's operator, the reference under torch.compile, and for attention the SDPA backends and
-FlexAttention. `--small` runs every op's smaller samples once and times nothing, for compute-sanitizer.
+implementation by CUDA events over one turn of the ring, captured in a CUDA graph where it can be, in an order that is
+reversed every time; the medians over rounds are reported. Peers: torch's operator, the reference under torch.compile,
+and for attention the SDPA backends and FlexAttention. `--small` runs every op's smaller samples once and times nothing,
+for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the insta
 
 import llmcore
 from bench.cases import AGREE, PEER_AGREE, Case
+from bench.gpu_cases import benchmarks
 from llmcore.ops import OpSpec, Sample, registry, support
 
 Call = Callable[[Sample], list[Tensor]]
@@ -43,25 +45,12 @@ def tensors(output) -> list[Tensor]:
     return [t for item in output for t in tensors(item)] if isinstance(output, (tuple, list)) else []
 
 
-def map_tensors(value, f):
-    if isinstance(value, Tensor):
-        return f(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(v, f) for v in value)
-    return value
-
-
 def fresh(sample: Sample, differentiable: bool) -> Sample:
-    """The call on copies of its tensors, with their strides."""
-
-    def copy(t: Tensor) -> Tensor:
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-
-    args = [map_tensors(a, copy) for a in sample.args]
-    kwargs = {k: map_tensors(v, copy) for k, v in sample.kwargs.items()}
+    """The call on copies of its tensors."""
+    copy = sample.to("cuda")
     for where in sample.differentiable if differentiable else ():
-        (args if isinstance(where, int) else kwargs)[where].requires_grad_()
-    return Sample(sample.label, tuple(args), kwargs, sample.differentiable)
+        (copy.args if isinstance(where, int) else copy.kwargs)[where].requires_grad_()
+    return copy
 
 
 def ring(sample: Sample, differentiable: bool) -> list[Sample]:
@@ -154,26 +143,49 @@ def expected(spec: OpSpec, sample: Sample) -> list[Tensor]:
         return forward(attention_peers()["sdpa_flash"])(sample)
 
 
-def microseconds(call: Call, samples: list[Sample]) -> float:
+def turn(call: Call, samples: list[Sample]) -> tuple[Callable[[], None], bool]:
+    """One turn of the ring, warmed up, and whether it is a CUDA graph: what takes microseconds would otherwise be timed
+    with the launches that the host is late with. What can't be captured is launched by the host."""
+
+    def launch() -> None:
+        for sample in samples:
+            call(sample)
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        launch()  # warms up, compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            launch()
+    except Exception:  # a call that waits for the device
+        torch.cuda.synchronize()
+        return launch, False
+    return graph.replay, True
+
+
+def microseconds(run: Callable[[], None], calls: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    for sample in samples:
-        call(sample)
+    run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3 / len(samples)
+    return start.elapsed_time(end) * 1e3 / calls
 
 
 def measure(spec: OpSpec, sample: Sample, dtype: torch.dtype, backward: bool, rounds: int) -> dict:
     samples = ring(sample, backward)
     want = expected(spec, sample)
-    calls: dict[str, Call] = {}
+    runs: dict[str, Callable[[], None]] = {}
+    captured: list[str] = []
     left_out: dict[str, str] = {}
     for name, function in implementations(spec).items():
         call = (forward_backward if backward else forward)(Case.timed(function))
         try:
             reason = agrees(name, forward(function)(sample), want, dtype)
-            microseconds(call, samples)  # warms up, compiles
+            run, is_graph = turn(call, samples)
         except Exception as error:  # a peer that does not take this call
             if name == "llmcore":
                 raise
@@ -182,18 +194,21 @@ def measure(spec: OpSpec, sample: Sample, dtype: torch.dtype, backward: bool, ro
             raise AssertionError(f"{spec.name}, {sample.label}: {reason}")
         if reason:
             left_out[name] = reason
-        else:
-            calls[name] = call
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls) if turn % 2 else list(reversed(calls)):
-            times[name].append(microseconds(calls[name], samples))
+            continue
+        runs[name] = run
+        captured += [name] * is_graph
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name in list(runs) if number % 2 else list(reversed(runs)):
+            took = microseconds(runs[name], len(samples))
+            times[name] += [took] if number else []  # the first round warms up
     row = {
         "op": spec.name,
         "case": sample.label,
         "dtype": str(dtype).removeprefix("torch."),
         "direction": "forward+backward" if backward else "forward",
         "us": {name: statistics.median(t) for name, t in times.items()},
+        "captured": captured,
         "left_out": left_out,
     }
     own = row["us"]["llmcore"] * 1e-6
@@ -211,8 +226,7 @@ def ceilings(rounds: int) -> dict[str, float]:
     y = torch.empty_like(x)
 
     def median(function: Callable) -> float:
-        once = Sample("", ())
-        return statistics.median(microseconds(lambda _: function(), [once]) for _ in range(rounds)) * 1e-6
+        return statistics.median(microseconds(function, 1) for _ in range(rounds)) * 1e-6
 
     median(lambda: a @ b)  # warm
     return {
@@ -232,25 +246,13 @@ def describe(row: dict, limits: dict[str, float]) -> str:
     return f"{name:48} {row['dtype']:9} {row['direction']:17} {own:9.1f} us  {rate:36} {ratios}"
 
 
-def benchmarks(spec: OpSpec, dtype: torch.dtype) -> Iterator[Sample]:
-    """The registry's, and attention at sizes that a GPU is bought for."""
-    yield from spec.benchmarks(dtype, "cuda")
-    if spec.name != "attention":
-        return
-    for batch, seq, heads, kv_heads, dim in ((4, 4096, 32, 8, 128), (1, 16384, 32, 8, 128), (8, 2048, 16, 16, 64)):
-        q, k, v = (torch.randn(batch, seq, h, dim, device="cuda", dtype=dtype) for h in (heads, kv_heads, kv_heads))
-        yield Sample(
-            f"causal {batch}x{seq}x{heads}/{kv_heads}x{dim}", (q, k, v), {"causal": True}, differentiable=(0, 1, 2)
-        )
-
-
 def served() -> list[tuple[OpSpec, torch.dtype]]:
     return [(registry[name], getattr(torch, d)) for name, row in support().items() for d in row.get("cuda", ())]
 
 
 def run_small_samples(only: str) -> None:
     for spec, dtype in served():
-        for sample in spec.samples(dtype, "cuda") if only in spec.name else ():
+        for sample in (s.to("cuda") for s in spec.samples(dtype, "cpu")) if only in spec.name else ():
             with llmcore.backend("kernel"), torch.no_grad():
                 spec.op(*sample.args, **sample.kwargs)
             if sample.differentiable:
@@ -280,9 +282,9 @@ def main() -> None:
     print(info, *(f"{k} {v:.1f}" for k, v in limits.items()), sep="  ", flush=True)
     rows = []
     for spec, dtype in served():
-        if options.only not in spec.name or spec.benchmarks is None or dtype == torch.float16:
-            continue  # float16 is as fast as bfloat16
-        for sample in benchmarks(spec, dtype):
+        if options.only not in spec.name or dtype != torch.bfloat16:
+            continue  # float16 is as fast, float32 as fast per byte
+        for sample in benchmarks(spec.name, dtype, "cuda"):
             for backward in (False, True) if sample.differentiable else (False,):
                 if time.monotonic() - began > options.seconds:
                     print(f"out of time: {spec.name} and what follows were not measured")

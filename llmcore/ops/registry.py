@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ class Sample:
     kwargs: dict = field(default_factory=dict)
     differentiable: tuple[int | str, ...] = ()
     poison: bool = False
+
+    def to(self, device: torch.device | str) -> Sample:
+        """The call on copies of its tensors on `device`, with their strides."""
+
+        def move(value):
+            if isinstance(value, Tensor):
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(move, value))
+            return replace(value, mask=move(value.mask)) if hasattr(value, "mask") else value  # a BlockMask
+
+        return replace(self, args=move(self.args), kwargs={name: move(v) for name, v in self.kwargs.items()})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""The sizes that the CUDA kernels are timed at (bench/gpu.py): those of models that a GPU is bought for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from llmcore.ops import Sample, registry, rope_tables
+
+Cases = Iterator[Sample]
+_CASES: dict[str, Callable[[torch.dtype, str], Cases]] = {}
+
+
+def case(*ops: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        _CASES.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+def benchmarks(op: str, dtype: torch.dtype, device: str) -> Cases:
+    """An op's cases, or those of the registry for an op that has none here."""
+    if op in _CASES:
+        yield from _CASES[op](dtype, device)
+    elif registry[op].benchmarks is not None:
+        for sample in registry[op].benchmarks(dtype, "cpu"):
+            yield sample.to(device)
+
+
+@case("attention")
+def attention(dtype: torch.dtype, device: str) -> Cases:
+    for batch, seq, heads, kv_heads, dim, causal in (
+        (4, 4096, 32, 8, 128, True),
+        (4, 4096, 32, 8, 128, False),
+        (1, 16384, 32, 8, 128, True),
+        (8, 2048, 16, 16, 64, True),
+        (4, 4096, 16, 16, 256, True),
+    ):
+        q, k, v = (torch.randn(batch, seq, h, dim, device=device, dtype=dtype) for h in (heads, kv_heads, kv_heads))
+        label = f"{'causal ' * causal}{batch}x{seq}x{heads}/{kv_heads}x{dim}"
+        yield Sample(label, (q, k, v), {"causal": causal}, (0, 1, 2))
+    q, k = (torch.randn(2, 4096, 16, 192, device=device, dtype=dtype) for _ in range(2))
+    v = torch.randn(2, 4096, 16, 128, device=device, dtype=dtype)
+    yield Sample("causal 2x4096x16x192/128", (q, k, v), {"causal": True}, (0, 1, 2))
+
+
+def _paged(batch: int, length: int, heads: int, kv_heads: int, dim: int, v_dim: int, dtype, device) -> tuple:
+    pages = length // 16
+    caches = [torch.randn(batch * pages, 16, kv_heads, d, device=device, dtype=dtype) for d in (dim, v_dim)]
+    table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    return torch.randn(batch, heads, dim, device=device, dtype=dtype), *caches, table, lengths
+
+
+@case("paged_attention")
+def paged_attention(dtype: torch.dtype, device: str) -> Cases:
+    for batch, length in ((1, 1024), (1, 8192), (32, 4096), (64, 2048), (128, 8192)):
+        call = _paged(batch, length, 32, 8, 128, 128, dtype, device)
+        yield Sample(f"decode 32/8x128, batch {batch}, {length} keys", call)
+    call = _paged(64, 4096, 128, 1, 576, 512, dtype, device)
+    yield Sample("decode MLA 128x576/512, batch 64, 4096 keys", call)
+
+
+@case("kv_cache_write")
+def kv_cache_write(dtype: torch.dtype, device: str) -> Cases:
+    for tokens in (64, 16384):
+        k, v = (torch.randn(tokens, 8, 128, device=device, dtype=dtype) for _ in range(2))
+        caches = [torch.zeros(tokens // 8, 16, 8, 128, device=device, dtype=dtype) for _ in range(2)]
+        slots = torch.randperm(tokens * 2, device=device)[:tokens]
+        yield Sample(f"{tokens} tokens, 8x128", (k, v, *caches, slots))
+
+
+def _rows(dim: int, dtype: torch.dtype, device: str, tokens: int = 16384) -> Tensor:
+    return torch.randn(tokens, dim, device=device, dtype=dtype)
+
+
+@case("rms_norm")
+def rms_norm(dtype: torch.dtype, device: str) -> Cases:
+    for dim in (1024, 4096, 8192):
+        weight = torch.ones(dim, device=device, dtype=dtype)
+        yield Sample(f"16384x{dim}", (_rows(dim, dtype, device), weight), {}, (0, 1))
+        residual = {"residual": _rows(dim, dtype, device)}
+        yield Sample(f"16384x{dim} + residual", (_rows(dim, dtype, device), weight), residual, (0, 1, "residual"))
+
+
+@case("layer_norm")
+def layer_norm(dtype: torch.dtype, device: str) -> Cases:
+    weight, bias = torch.ones(4096, device=device, dtype=dtype), torch.zeros(4096, device=device, dtype=dtype)
+    yield Sample("16384x4096", (_rows(4096, dtype, device), weight, bias), {}, (0, 1, 2))
+
+
+@case("dyt")
+def dyt(dtype: torch.dtype, device: str) -> Cases:
+    weight, bias = torch.ones(4096, device=device, dtype=dtype), torch.zeros(4096, device=device, dtype=dtype)
+    alpha = torch.full((1,), 0.5, device=device, dtype=dtype)
+    yield Sample("16384x4096", (_rows(4096, dtype, device), alpha, weight, bias), {}, (0, 1, 2, 3))
+
+
+@case("rope")
+def rope(dtype: torch.dtype, device: str) -> Cases:
+    qkv = torch.randn(4, 4096, 48, 128, device=device, dtype=dtype)
+    yield Sample("4x4096x32x128", (qkv[:, :, :32], *rope_tables(4096, 128, device=device)), {}, (0,))
+
+
+@case("swiglu", "geglu")
+def glu(dtype: torch.dtype, device: str) -> Cases:
+    gate, up = _rows(2 * 14336, dtype, device, 8192).chunk(2, -1)
+    yield Sample("8192x14336", (gate, up), {}, (0, 1))
