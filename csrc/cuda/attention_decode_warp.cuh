@@ -44,9 +44,9 @@ struct RowPlaces {
 // ---- a warp --------------------------------------------------------------------------------------------------------
 
 // One warp's state, and what it does with a tile.
-template <class T, bool Int8, int Index>
+template <class T, class C, int Index>
 struct Warp {
-  using L = Layout<Int8, Index>;
+  using L = Layout<C, Index>;
   static constexpr Tile kTile = L::kTile;
   static constexpr int kScoreTiles = L::kGroupKeys / 8, kColumnTiles = L::kColumns / 8;
 
@@ -61,7 +61,7 @@ struct Warp {
 
   // s = q k^T of the warp's own keys
   __device__ void own_scores(const uint8_t* stage, float (&s)[L::kOwnKeys / 8][4]) {
-    constexpr int kSteps = Int8 ? 4 : 2;  // products of 16 columns in 4 chunks of a row
+    constexpr int kSteps = kEightBit<C> ? 4 : 2;  // products of 16 columns in 4 chunks of a row
     const uint32_t q = ptx::shared_address(memory), k = ptx::shared_address(stage);
     const int row = row_tile * 16 + lane % 16;
     const int key = key_group * L::kGroupKeys + column_group * L::kOwnKeys + lane % 8;
@@ -80,7 +80,7 @@ struct Warp {
         ptx::ldmatrix_x4(b, k + L::K::at(key + 8 * n, 4 * c + lane / 8));
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
-          if constexpr (Int8) {
+          if constexpr (kEightBit<C>) {
             const uint32_t biased = b[j] ^ kSigns;
             ptx::mma(T{}, s[n], a[j], two_of<T>(biased, 0, 1), two_of<T>(biased, 2, 3));
           } else {
@@ -128,7 +128,7 @@ struct Warp {
       for (int i = 0; i < 4; ++i) {
         const int at = column + 8 * n + i % 2, key = tile_key + at, row = i / 2;
         float x = s[n][i];
-        if constexpr (Int8) x *= scales[at].k;
+        if constexpr (kEightBit<C>) x *= scales[at].k;
         x = m.softcap > 0.f ? tanhf(x * (m.scale / m.softcap)) * (m.softcap * kLog2e) : x * factor;
         s[n][i] = key >= first_key[row] && key <= last_key[row] ? x : -kInfinity;
         top[row] = fmaxf(top[row], s[n][i]);
@@ -156,7 +156,7 @@ struct Warp {
       for (int i = 0; i < 4; ++i) {
         s[n][i] = ptx::exp2(s[n][i] - base[i / 2]);
         total[i / 2] += s[n][i];
-        if constexpr (Int8) s[n][i] *= scales[column + 8 * n + i % 2].v * kValueScale;
+        if constexpr (kEightBit<C>) s[n][i] *= scales[column + 8 * n + i % 2].v * kValueScale;
       }
   }
 
@@ -174,7 +174,7 @@ struct Warp {
       for (int c = 0; c < L::kColumns / L::kElements / 2; ++c) {
         uint32_t b[4];
         ptx::ldmatrix_x4_trans(b, v + L::V::at(key + 16 * k, chunk + 2 * c));
-        if constexpr (Int8) {
+        if constexpr (kEightBit<C>) {
           // Transposed as 16-bit units, a register holds columns 2g, 2g+1 of two keys: column tiles 2i and 2i+1 are the
           // even and the odd columns of 16.
 #pragma unroll
@@ -207,7 +207,7 @@ struct Warp {
       struct alignas(8) Pair {
         float low, high;
       };
-      if constexpr (Int8) {  // a, b are even columns, d, e odd ones
+      if constexpr (kEightBit<C>) {  // a, b are even columns, d, e odd ones
         constexpr float kUndo = 1.f / kValueScale;
         ptx::store_global_16(to + 4 * (lane % 4),
                              {ptx::bits(a * kUndo), ptx::bits(d * kUndo), ptx::bits(b * kUndo), ptx::bits(e * kUndo)});

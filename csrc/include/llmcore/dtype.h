@@ -18,6 +18,9 @@ constexpr const char* name(DType t) {
   return t == DType::f32 ? "float32" : t == DType::bf16 ? "bfloat16" : t == DType::f16 ? "float16" : "int8";
 }
 
+// Elements of 8 bits stand for element * scale.
+constexpr bool has_scales(DType t) { return t == DType::i8; }
+
 }  // namespace llmcore
 
 // LLMCORE_DISPATCH_FLOAT(p.dtype, T, kernel<T>(p, par)): T is the element type. The bindings admit no other dtype.
