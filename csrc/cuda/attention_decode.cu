@@ -292,6 +292,7 @@ Plan make_plan(const AttentionParams& p, const Device& device) {
 template <class T, class F>
 auto with_cache_type(const AttentionParams& p, const F& f) {
   if (p.kv_dtype == DType::i8) return f(int8_t{});
+  if (p.kv_dtype == DType::f8) return f(f8{});
   return f(T{});
 }
 

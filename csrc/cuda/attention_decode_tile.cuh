@@ -50,7 +50,7 @@ struct KeyRow {
   int64_t offset[2];  // of the key's rows in the caches of K and V, in bytes; -1: no key, zeros
 };
 struct KeyScales {
-  float k, v;
+  float k, v;  // what its scores and its probabilities are multiplied with
 };
 struct RowStats {
   float highest, total;  // of the exponents of 2 a row has seen, and the sum of their powers less the highest
@@ -59,6 +59,19 @@ struct RowStats {
 // In shared memory the caches' elements have the type C: that of the queries, T, or one of 8 bits with scales.
 template <class C>
 constexpr bool kEightBit = sizeof(C) == 1;
+// An element of 8 bits enters a product as element * kUnit, which is cheap to make of its bits. A probability is
+// multiplied with scale * kRange before it is rounded to 16 bits: it then is about p times the largest value of the
+// row, the same range as if the cache held 16-bit elements.
+template <class C>
+struct EightBit;
+template <>
+struct EightBit<int8_t> {
+  static constexpr float kUnit = 1.f, kRange = 128.f;
+};
+template <>
+struct EightBit<f8> {
+  static constexpr float kUnit = 1.f / 256, kRange = 256.f;
+};
 
 // Everything about a kernel that is known when it is compiled; bytes of shared memory.
 template <class C, int Index>
@@ -203,7 +216,7 @@ class RowFinder {
       row.offset[1] = size * (block * p_.v_strides.batch + slot * p_.v_strides.row + kv_head_ * p_.v_strides.head);
       if constexpr (kEightBit<C>) {
         const int64_t at = (block * p_.shape.block_size + slot) * p_.shape.kv_heads + kv_head_;
-        next_ = {p_.k_scale[at], p_.v_scale[at]};
+        next_ = {p_.k_scale[at] * (1 / EightBit<C>::kUnit), p_.v_scale[at] * EightBit<C>::kRange};
       }
     }
     rows_[i % 2 * L::kTile.keys + threadIdx.x] = row;
