@@ -12,8 +12,8 @@ from llmcore.ops import Sample, registry
 from llmcore.ops.registry import FLOATS
 from tests.ops.checks import check_sample
 
-# Multiples of 8 (16 where 8 bits are written) are read 16 bytes at a time; 8200 and 4101 are longer than the largest team
-# holds.
+# Multiples of 8 (16 where 8 bits are written) are read 16 bytes at a time; 8200 and 4101 are longer than the largest
+# team holds.
 LENGTHS = (128, 264, 1040, 4104, 8200, 259, 2051, 4101)
 
 
