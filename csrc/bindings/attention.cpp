@@ -247,10 +247,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, sinks ? sum_partials(dsinks, ScalarType::Float) : dsinks};
 }
 
-DType cache_dtype(const Tensor& cache, const char* what) {
-  return cache.scalar_type() == ScalarType::Char ? DType::i8 : float_dtype(cache, what);
-}
-
 Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
                        const Tensor& kv_lens, const OptTensor& cu_q, const OptTensor& sinks, const OptTensor& k_scale,
                        const OptTensor& v_scale, bool causal, int64_t window, double scale, double softcap) {
@@ -307,8 +303,8 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
     s.seq_q = 1;
     p.q_strides = {q.stride(0), 0, q.stride(1)};
   }
-  LLMCORE_CHECK((p.kv_dtype == DType::i8) == k_scale.has_value() && k_scale.has_value() == v_scale.has_value(), op,
-                ": k_scale and v_scale go with int8 caches (and only with them); the caches are ",
+  LLMCORE_CHECK(has_scales(p.kv_dtype) == k_scale.has_value() && k_scale.has_value() == v_scale.has_value(), op,
+                ": k_scale and v_scale go with int8 and float8_e4m3fn caches (and only with them); the caches are ",
                 dtype_name(k_cache.scalar_type()));
   const auto scales = [&](const OptTensor& t, const char* what) -> const float* {
     if (!t) return nullptr;

@@ -18,6 +18,8 @@ std::string dtype_name(ScalarType t) {
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
     default: return "scalar type " + std::to_string(static_cast<int>(t));
   }
 }
@@ -36,6 +38,19 @@ DType float_dtype(const Tensor& t, const char* what) {
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     default: fail(what, " has dtype ", dtype_name(t.scalar_type()), "; accepted: float32, bfloat16, float16");
+  }
+}
+
+DType cache_dtype(const Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Char: return DType::i8;
+    case ScalarType::Float8_e4m3fn: return DType::f8;
+    default:
+      fail(what, " has dtype ", dtype_name(t.scalar_type()),
+           "; accepted: float32, bfloat16, float16, int8, float8_e4m3fn");
   }
 }
 

@@ -42,6 +42,7 @@ std::string shape_text(const Tensor& t);  // "(2, 3)"
 
 // The kernel's dtype of a floating-point tensor; an error that names `what` for any other dtype.
 DType float_dtype(const Tensor& t, const char* what);
+DType cache_dtype(const Tensor& t, const char* what);  // of a cache of keys or values
 void check_cpu(const Tensor& t, const char* what);
 void check_device(const Tensor& t, const Tensor& like, const char* what);  // on `like`'s device
 void check_same_dtype(const Tensor& t, const Tensor& like, const char* what, const char* like_what);

@@ -55,11 +55,7 @@ void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, con
   check_dim(v, 3, "kv_cache_write: v", "(tokens, kv_heads, v_head_dim)");
   check_like(v, k, {k.size(0), k.size(1), v.size(2)}, "kv_cache_write: v", "k");
   check_device(k_cache, k, "kv_cache_write: k_cache");
-  const bool int8 = k_cache.scalar_type() == ScalarType::Char;
-  LLMCORE_CHECK(int8 || k_cache.scalar_type() == ScalarType::Float || k_cache.scalar_type() == ScalarType::BFloat16 ||
-                    k_cache.scalar_type() == ScalarType::Half,
-                "kv_cache_write: k_cache has dtype ", dtype_name(k_cache.scalar_type()),
-                "; accepted: float32, bfloat16, float16, int8");
+  const DType to = cache_dtype(k_cache, "kv_cache_write: k_cache");
   check_dim(k_cache, 4, "kv_cache_write: k_cache", "(num_blocks, block_size, kv_heads, head_dim)");
   const int64_t blocks = k_cache.size(0), block_size = k_cache.size(1);
   check_shape(k_cache, {blocks, block_size, k.size(1), k.size(2)}, "kv_cache_write: k_cache");
@@ -68,10 +64,9 @@ void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, con
   check_writable(v_cache, "kv_cache_write: v_cache");
   for (const OptTensor* scale : {&k_scale, &v_scale}) {
     const char* what = scale == &k_scale ? "kv_cache_write: k_scale" : "kv_cache_write: v_scale";
-    LLMCORE_CHECK(scale->has_value() == int8, what, int8 ? " is missing; an int8 cache needs it" : " is given, but ",
-                  int8 ? "" : "the cache has dtype ", int8 ? "" : dtype_name(k_cache.scalar_type()),
-                  int8 ? "" : "; only an int8 cache has scales");
-    if (!int8) continue;
+    LLMCORE_CHECK(scale->has_value() == has_scales(to), what, scale->has_value() ? " is given" : " is missing",
+                  ", but the cache has dtype ", name(to), "; int8 and float8_e4m3fn caches have scales, others none");
+    if (!scale->has_value()) continue;
     check_device(**scale, k, what);
     check_dtype(**scale, ScalarType::Float, what);
     check_shape(**scale, {blocks, block_size, k.size(1)}, what);
@@ -80,7 +75,7 @@ void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, con
   const Tensor slots = check_slots(slot_mapping, k, k.size(0), blocks * block_size);
   const Tensor k_rows = last_dim_contiguous(k), v_rows = last_dim_contiguous(v);
   KvCacheWriteParams p{dtype,
-                       int8 ? DType::i8 : float_dtype(k_cache, "kv_cache_write: k_cache"),
+                       to,
                        k.size(0),
                        k.size(1),
                        block_size,

@@ -165,6 +165,7 @@ inline void row_to_float(const void* row, DType dtype, int64_t dim, int64_t padd
     case DType::bf16: convert(static_cast<const bf16*>(row)); break;
     case DType::f16: convert(static_cast<const f16*>(row)); break;
     case DType::i8: convert(static_cast<const int8_t*>(row)); break;
+    case DType::f8: convert(static_cast<const f8*>(row)); break;
   }
   for (; i < padded; ++i) out[i] = 0.f;
 }
@@ -180,7 +181,7 @@ inline void row_from_float(const float* in, DType dtype, int64_t dim, float fact
                                                              })}
 
 LLMCORE_INLINE int64_t element_size(DType t) {
-  return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2;
+  return t == DType::f32 ? 4 : has_scales(t) ? 1 : 2;
 }
 LLMCORE_INLINE const void* at(const void* base, DType t, int64_t offset) {
   return static_cast<const char*>(base) + offset * element_size(t);

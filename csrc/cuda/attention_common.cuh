@@ -271,6 +271,7 @@ PTX_DEVICE ptx::Vec16 converted(DType dtype, const void* from, int64_t element, 
     case DType::f32: return converted<T>(static_cast<const float*>(from) + element, count, factor);
     case DType::bf16: return converted<T>(static_cast<const bf16*>(from) + element, count, factor);
     case DType::f16: return converted<T>(static_cast<const f16*>(from) + element, count, factor);
+    case DType::f8: return converted<T>(static_cast<const f8*>(from) + element, count, factor);
     default: return converted<T>(static_cast<const int8_t*>(from) + element, count, factor);
   }
 }

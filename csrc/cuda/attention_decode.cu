@@ -30,10 +30,10 @@ PTX_DEVICE KeyRange visible_keys(const AttentionMask& m, int64_t i, int64_t num_
 }
 
 // grid: (batch * splits, kv_heads)
-template <class T, bool Int8, int Index>
-__global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, Index>::kCtas)
+template <class T, class C, int Index>
+__global__ void __launch_bounds__(Layout<C, Index>::kThreads, Layout<C, Index>::kCtas)
     attend(AttentionParams p, Plan plan) {
-  using L = Layout<Int8, Index>;
+  using L = Layout<C, Index>;
   constexpr Tile kTile = L::kTile;
   PTX_SHARED_MEMORY(memory);
   const AttentionShape& s = p.shape;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
   const int num_q = s.cu_q ? s.cu_q[b + 1] - query0() : static_cast<int>(s.seq_q);
   const int group = static_cast<int>(s.heads / s.kv_heads), rows = num_q * group;
 
-  Warp<T, Int8, Index> w;
+  Warp<T, C, Index> w;
   w.memory = memory;
   w.warp = static_cast<int>(threadIdx.x) / 32;
   w.lane = static_cast<int>(threadIdx.x) % 32;
@@ -90,14 +90,14 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
 #pragma unroll
       for (int i = 0; i < 4; ++i) w.acc[n][i] = 0.f;
 
-    RowFinder<Int8, L> finder(p, memory, b, kv_head, key0, last);
+    RowFinder<C, L> finder(p, memory, b, kv_head, key0, last);
     const auto copy = [&](int i) {
       if (i < tiles) {
         uint8_t* stage = memory + L::kStage0 + i % L::kStages * L::kStage;
-        copy_tile<T, Int8, typename L::K, kTile.keys, L::kThreads>(
+        copy_tile<T, C, typename L::K, kTile.keys, L::kThreads>(
             stage, p.k, finder.rows(i), 0, static_cast<int>(s.head_dim), p.kv_dtype, plan.k_vectors);
         if constexpr (!L::kTile.latent)
-          copy_tile<T, Int8, typename L::V, kTile.keys, L::kThreads>(
+          copy_tile<T, C, typename L::V, kTile.keys, L::kThreads>(
               stage + L::kV, p.v, finder.rows(i), 1, static_cast<int>(s.v_head_dim), p.kv_dtype, plan.v_vectors);
       }
       ptx::copy_commit();  // a group for every tile, so that they can be counted
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
       const int64_t query = row / group + (s.cu_q ? query0() : 0);
       const T* q = static_cast<const T*>(p.q) + b * p.q_strides.batch + query * p.q_strides.row +
                    (kv_head * group + row % group) * p.q_strides.head;
-      if constexpr (Int8) {
+      if constexpr (kEightBit<C>) {
         ptx::Vec16 v{};
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -234,19 +234,19 @@ int tile_for(const AttentionParams& p, bool latent) {
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& t = kTiles[i];
     if (p.shape.head_dim <= t.head && p.shape.v_head_dim <= t.v_head && rows_of(p.shape) <= t.rows &&
-        (!t.latent || latent) && tile_exists(p.kv_dtype == DType::i8, i))
+        (!t.latent || latent) && tile_exists(has_scales(p.kv_dtype), i))
       return i;
   }
   return -1;
 }
 
 // f(std::integral_constant<int, i>) of the tile that is chosen.
-template <bool Int8, int I = 0, class F>
+template <class C, int I = 0, class F>
 Status with_tile(int chosen, const F& f) {
   if constexpr (I < kNumTiles) {
-    if constexpr (tile_exists(Int8, I))
+    if constexpr (tile_exists(kEightBit<C>, I))
       if (chosen == I) return f(std::integral_constant<int, I>());
-    return with_tile<Int8, I + 1>(chosen, f);
+    return with_tile<C, I + 1>(chosen, f);
   } else {
     return "no tile for this head size";
   }
@@ -278,8 +278,8 @@ Plan make_plan(const AttentionParams& p, const Device& device) {
   plan.splits = choose_splits(p, device, L::kCtas);
   plan.width = divide_up(s.v_head_dim, 16) * 16;
   plan.q_vectors = rows_aligned(p.q, p.q_strides, 2);
-  const bool as_they_are = p.kv_dtype == p.q_dtype || p.kv_dtype == DType::i8;
-  const int64_t element = p.kv_dtype == DType::i8 ? 1 : 2;
+  const bool as_they_are = p.kv_dtype == p.q_dtype || has_scales(p.kv_dtype);
+  const int64_t element = has_scales(p.kv_dtype) ? 1 : 2;
   plan.k_vectors = as_they_are && rows_aligned(p.k, p.k_strides, element);
   plan.v_vectors = as_they_are && rows_aligned(p.v, p.v_strides, element);
   const int64_t partials = s.total_q * s.heads * plan.splits;
@@ -288,23 +288,33 @@ Plan make_plan(const AttentionParams& p, const Device& device) {
   return plan;
 }
 
-template <bool Int8>
-bool tile_fits(const AttentionParams& p, const Device& device) {
-  bool fits = false;
-  with_tile<Int8>(tile_for(p, is_latent(p)), [&](auto index) -> Status {
-    fits = Layout<Int8, decltype(index)::value>::kBytes <= device.shared_bytes;
-    return nullptr;
-  });
-  return fits;
+// f(C()) of the type that the elements of the caches have in shared memory.
+template <class T, class F>
+auto with_cache_type(const AttentionParams& p, const F& f) {
+  if (p.kv_dtype == DType::i8) return f(int8_t{});
+  if (p.kv_dtype == DType::f8) return f(f8{});
+  return f(T{});
 }
 
-template <class T, bool Int8>
+// The layouts of 16-bit types are the same, so one of them will do to ask for sizes.
+bool tile_fits(const AttentionParams& p, const Device& device) {
+  return with_cache_type<f16>(p, [&](auto c) {
+    bool fits = false;
+    with_tile<decltype(c)>(tile_for(p, is_latent(p)), [&](auto index) -> Status {
+      fits = Layout<decltype(c), decltype(index)::value>::kBytes <= device.shared_bytes;
+      return nullptr;
+    });
+    return fits;
+  });
+}
+
+template <class T, class C>
 Status run(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
-  return with_tile<Int8>(tile_for(p, is_latent(p)), [&](auto index) -> Status {
-    using L = Layout<Int8, decltype(index)::value>;
+  return with_tile<C>(tile_for(p, is_latent(p)), [&](auto index) -> Status {
+    using L = Layout<C, decltype(index)::value>;
     const Plan plan = make_plan<L>(p, device);
-    if (Status error = launch(attend<T, Int8, decltype(index)::value>, {s.batch * plan.splits, s.kv_heads}, L::kThreads,
+    if (Status error = launch(attend<T, C, decltype(index)::value>, {s.batch * plan.splits, s.kv_heads}, L::kThreads,
                               L::kBytes, device, p, plan))
       return error;
     const int threads = static_cast<int>(divide_up(plan.width, 128) * 32);
@@ -314,7 +324,7 @@ Status run(const AttentionParams& p, const Device& device) {
 
 template <class T>
 Status run(const AttentionParams& p, const Device& device) {
-  return p.kv_dtype == DType::i8 ? run<T, true>(p, device) : run<T, false>(p, device);
+  return with_cache_type<T>(p, [&](auto c) { return run<T, decltype(c)>(p, device); });
 }
 
 }  // namespace
@@ -327,14 +337,14 @@ bool attention_decode_serves(const AttentionParams& p, const Device& device) {
   // Positions and pages are 32-bit numbers on the device, kv_heads is a grid's y.
   if (s.block_size > INT32_MAX || s.kv_heads > 65535 || s.total_q * s.heads > INT32_MAX) return false;
   if (decode::tile_for(p, false) < 0) return false;
-  return p.kv_dtype == DType::i8 ? decode::tile_fits<true>(p, device) : decode::tile_fits<false>(p, device);
+  return decode::tile_fits(p, device);
 }
 
 int64_t attention_decode_workspace(const AttentionParams& p, const Device& device) {
   int64_t most = 0;
-  const auto measure = [&](auto int8, bool latent) {
-    decode::with_tile<decltype(int8)::value>(decode::tile_for(p, latent), [&](auto index) -> Status {
-      using L = decode::Layout<decltype(int8)::value, decltype(index)::value>;
+  const auto measure = [&](auto c, bool latent) {
+    return decode::with_tile<decltype(c)>(decode::tile_for(p, latent), [&](auto index) -> Status {
+      using L = decode::Layout<decltype(c), decltype(index)::value>;
       const decode::Plan plan = decode::make_plan<L>(p, device);
       const int64_t row =
           plan.width * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(decode::RowStats));
@@ -343,8 +353,7 @@ int64_t attention_decode_workspace(const AttentionParams& p, const Device& devic
       return nullptr;
     });
   };
-  for (bool latent : {false, true})
-    p.kv_dtype == DType::i8 ? measure(std::true_type(), latent) : measure(std::false_type(), latent);
+  for (bool latent : {false, true}) decode::with_cache_type<f16>(p, [&](auto c) { return measure(c, latent); });
   return most;
 }
 

@@ -50,14 +50,31 @@ struct KeyRow {
   int64_t offset[2];  // of the key's rows in the caches of K and V, in bytes; -1: no key, zeros
 };
 struct KeyScales {
-  float k, v;
+  float k, v;  // what its scores and its probabilities are multiplied with
 };
 struct RowStats {
   float highest, total;  // of the exponents of 2 a row has seen, and the sum of their powers less the highest
 };
 
+// In shared memory the caches' elements have the type C: that of the queries, T, or one of 8 bits with scales.
+template <class C>
+constexpr bool kEightBit = sizeof(C) == 1;
+// An element of 8 bits enters a product as element * kUnit, which is cheap to make of its bits. A probability is
+// multiplied with scale * kRange before it is rounded to 16 bits: it then is about p times the largest value of the
+// row, the same range as if the cache held 16-bit elements.
+template <class C>
+struct EightBit;
+template <>
+struct EightBit<int8_t> {
+  static constexpr float kUnit = 1.f, kRange = 128.f;
+};
+template <>
+struct EightBit<f8> {
+  static constexpr float kUnit = 1.f / 256, kRange = 256.f;
+};
+
 // Everything about a kernel that is known when it is compiled; bytes of shared memory.
-template <bool Int8, int Index>
+template <class C, int Index>
 struct Layout {
   static constexpr Tile kTile = kTiles[Index];
   static constexpr int kRowTiles = kTile.rows / 16;
@@ -66,8 +83,8 @@ struct Layout {
   static constexpr int kGroupKeys = kTile.keys / kKeyGroups;           // whose probabilities a warp multiplies with V
   static constexpr int kOwnKeys = kGroupKeys / kTile.column_groups;    // whose scores it computes itself
   static constexpr int kColumns = kTile.v_head / kTile.column_groups;  // of V, per warp
-  static constexpr int kElements = Int8 ? 16 : 8;                      // of the caches, in a chunk of 16 bytes
-  static constexpr int kStages = Int8 ? 2 * kTile.stages - 1 : kTile.stages;  // as many bytes in flight
+  static constexpr int kElements = kEightBit<C> ? 16 : 8;              // of the caches, in a chunk of 16 bytes
+  static constexpr int kStages = kEightBit<C> ? 2 * kTile.stages - 1 : kTile.stages;  // as many bytes in flight
   using Q = SwizzledRows<kTile.head / 8>;
   using K = SwizzledRows<kTile.head / kElements>;
   using V = SwizzledRows<(kTile.latent ? kTile.head : kTile.v_head) / kElements>;
@@ -81,7 +98,8 @@ struct Layout {
       kStage0 +
       (kStages * kStage > kMerge ? kStages * kStage : kMerge);  // KeyRow of the next tiles to be copied, two of them
   static constexpr int kScales0 = kRows0 + 2 * kTile.keys * static_cast<int>(sizeof(KeyRow));
-  static constexpr int kExchange0 = kScales0 + (Int8 ? kStages * kTile.keys * static_cast<int>(sizeof(KeyScales)) : 0);
+  static constexpr int kExchange0 =
+      kScales0 + (kEightBit<C> ? kStages * kTile.keys * static_cast<int>(sizeof(KeyScales)) : 0);
   static constexpr int kExchange = kOwnKeys / 8 * 512;  // a warp's own scores
   static constexpr int kStats0 = kExchange0 + (kTile.column_groups > 1 ? kWarps * kExchange : 0);
   static constexpr int kBytes = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
@@ -94,8 +112,8 @@ struct Layout {
                 "ldmatrix.x4 takes 4 chunks of a row of K, 2 of V");
 };
 
-// The product of q and an int8 K takes 64 columns at a time.
-constexpr bool tile_exists(bool int8, int index) { return !int8 || kTiles[index].head % 64 == 0; }
+// The product of q and an 8-bit K takes 64 columns at a time.
+constexpr bool tile_exists(bool eight_bit, int index) { return !eight_bit || kTiles[index].head % 64 == 0; }
 
 // ---- the caches, on their way to shared memory ---------------------------------------------------------------------
 
@@ -120,7 +138,7 @@ PTX_DEVICE ptx::Vec16 converted_chunk(const void* row, DType dtype, int first, i
   return v;
 }
 
-PTX_DEVICE ptx::Vec16 int8_chunk(const void* row, int first, int count) {
+PTX_DEVICE ptx::Vec16 byte_chunk(const void* row, int first, int count) {
   ptx::Vec16 v{};
 #pragma unroll
   for (int i = 0; i < 16; ++i)
@@ -133,10 +151,10 @@ PTX_DEVICE int clamp(int x, int low, int high) { return x < low ? low : x > high
 
 // One tile of K (operand 0) or V (1) of `dim` columns to shared memory, by the whole CTA: by asynchronous copies if
 // rows are aligned and hold what the product takes, else element by element, here and now.
-template <class T, bool Int8, class Rows, int Keys, int Threads>
+template <class T, class C, class Rows, int Keys, int Threads>
 PTX_DEVICE void copy_tile(uint8_t* to, const void* cache, const KeyRow* rows, int operand, int dim, DType dtype,
                           bool vectors) {
-  constexpr int kElements = Int8 ? 16 : 8, kChunks = Rows::kChunks;
+  constexpr int kElements = kEightBit<C> ? 16 : 8, kChunks = Rows::kChunks;
   const auto* bytes = static_cast<const uint8_t*>(cache);
   const int thread = static_cast<int>(threadIdx.x);
   if (vectors) {
@@ -155,8 +173,8 @@ PTX_DEVICE void copy_tile(uint8_t* to, const void* cache, const KeyRow* rows, in
     const int64_t offset = rows[i / kChunks].offset[operand];
     const int first = i % kChunks * kElements, count = offset < 0 ? 0 : dim;
     auto* at = reinterpret_cast<ptx::Vec16*>(to + Rows::at(i / kChunks, i % kChunks));
-    if constexpr (Int8)
-      *at = int8_chunk(bytes + offset, first, count);
+    if constexpr (kEightBit<C>)
+      *at = byte_chunk(bytes + offset, first, count);
     else
       *at = converted_chunk<T>(bytes + offset, dtype, first, count);
   }
@@ -165,7 +183,7 @@ PTX_DEVICE void copy_tile(uint8_t* to, const void* cache, const KeyRow* rows, in
 // Finds the rows of a CTA's keys: thread i those of key i of every tile. The way from the block table over an address
 // to the copy is long, so each step is taken a tile ahead of the next: what is read from global memory waits in
 // registers for one tile, then goes to shared memory, from where all threads copy one tile later.
-template <bool Int8, class L>
+template <class C, class L>
 class RowFinder {
  public:
   __device__ RowFinder(const AttentionParams& p, uint8_t* memory, int b, int kv_head, int first, int last)
@@ -190,22 +208,22 @@ class RowFinder {
     if (threadIdx.x >= L::kTile.keys) return;
     const int key = key_of(i);
     KeyRow row{{-1, -1}};
-    if constexpr (Int8) next_ = {0.f, 0.f};
+    if constexpr (kEightBit<C>) next_ = {0.f, 0.f};
     if (key <= last_) {
       const int64_t block = block_, slot = static_cast<uint32_t>(key) % static_cast<uint32_t>(p_.shape.block_size);
-      const int64_t size = p_.kv_dtype == DType::f32 ? 4 : p_.kv_dtype == DType::i8 ? 1 : 2;
+      const int64_t size = p_.kv_dtype == DType::f32 ? 4 : sizeof(C);
       row.offset[0] = size * (block * p_.k_strides.batch + slot * p_.k_strides.row + kv_head_ * p_.k_strides.head);
       row.offset[1] = size * (block * p_.v_strides.batch + slot * p_.v_strides.row + kv_head_ * p_.v_strides.head);
-      if constexpr (Int8) {
+      if constexpr (kEightBit<C>) {
         const int64_t at = (block * p_.shape.block_size + slot) * p_.shape.kv_heads + kv_head_;
-        next_ = {p_.k_scale[at], p_.v_scale[at]};
+        next_ = {p_.k_scale[at] * (1 / EightBit<C>::kUnit), p_.v_scale[at] * EightBit<C>::kRange};
       }
     }
     rows_[i % 2 * L::kTile.keys + threadIdx.x] = row;
   }
 
   __device__ void publish_scales(int i) {
-    if constexpr (Int8)
+    if constexpr (kEightBit<C>)
       if (threadIdx.x < L::kTile.keys) scales_[i % L::kStages * L::kTile.keys + threadIdx.x] = next_;
   }
 

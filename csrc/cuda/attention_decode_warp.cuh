@@ -1,5 +1,7 @@
 // What one warp of decode attention does with a tile: scores, online softmax, sums; and what it leaves at the end.
 #pragma once
+#include <type_traits>
+
 #include "attention_decode_tile.cuh"
 
 namespace llmcore {
@@ -17,25 +19,33 @@ struct Plan {
   RowStats* stats;                       // (total_q, heads, splits)
 };
 
-// ---- int8 operands -------------------------------------------------------------------------------------------------
+// ---- operands of 8 bits --------------------------------------------------------------------------------------------
 
-// Two of four signed bytes as 16-bit elements. `biased` is the bytes with their sign bits flipped, x + 128: put below
-// the exponent of 2^23 they are the float 2^23 + 128 + x.
+// Bytes `first` (0 or 1) and `first` + 2 of four elements C, times EightBit<C>::kUnit, as 16-bit elements T.
 template <class T>
-PTX_DEVICE uint32_t two_of(uint32_t biased, int low, int high) {
-  const float a = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7540u + low)) - 8388736.f;
-  const float b = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7540u + high)) - 8388736.f;
+PTX_DEVICE uint32_t two_of(int8_t, uint32_t bytes, int first) {
+  // With their sign bits flipped the bytes are x + 128; below the exponent of 2^23, the float 2^23 + 128 + x.
+  const uint32_t biased = bytes ^ 0x80808080u;
+  const float a = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7540u + first)) - 8388736.f;
+  const float b = ptx::from_bits(ptx::permute_bytes(biased, 0x4b000000u, 0x7542u + first)) - 8388736.f;
   return pack2(T{}, a, b);
 }
-constexpr uint32_t kSigns = 0x80808080u;
+// The fields of exponent and fraction, put where T has them, make a number of T, subnormal ones included: times 2^-8 as
+// f16, 2^-120 as bf16, where an exact product brings it up to 2^-8. NaN, which no cache holds that kv_cache_write has
+// written, is not looked for: it is taken for 480.
+template <class T>
+PTX_DEVICE uint32_t two_of(f8, uint32_t bytes, int first) {
+  const uint32_t x = first ? bytes : bytes << 8, signs = x & 0x80008000u;  // in the upper byte of each half
+  if constexpr (std::is_same_v<T, f16>)
+    return signs | (x >> 1 & 0x3f803f80u);
+  else
+    return ptx::multiply_bf16x2(signs | (x >> 4 & 0x07f007f0u), 0x77807780u);  // 2^112
+}
 
-// ldmatrix of int8 rows gives lane (g, t) the columns 4t .. 4t+3 of 16, where a B fragment holds 2t, 2t+1, 2t+8, 2t+9.
-// A dot product may take its terms in any order, so q is stored in this one: place i of 16 holds column key_column(i).
-PTX_DEVICE int key_column(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
-
-// What is rounded to 16 bits is p * scale * 128, that is p times (about) the largest value of the row: the same range
-// as if the cache held 16-bit elements.
-constexpr float kValueScale = 128.f;
+// ldmatrix of rows of bytes gives lane (g, t) the columns 4t .. 4t+3 of 16, where a B fragment holds 2t, 2t+1, 2t+8,
+// 2t+9. A dot product may take its terms in any order, so q is stored in that of two_of(): place i of 16 holds column
+// key_column(i).
+PTX_DEVICE int key_column(int i) { return i % 8 / 2 * 4 + i % 2 * 2 + i / 8; }
 
 struct RowPlaces {
   int64_t of[2];  // of a lane's rows in Plan::stats, or -1
@@ -44,9 +54,9 @@ struct RowPlaces {
 // ---- a warp --------------------------------------------------------------------------------------------------------
 
 // One warp's state, and what it does with a tile.
-template <class T, bool Int8, int Index>
+template <class T, class C, int Index>
 struct Warp {
-  using L = Layout<Int8, Index>;
+  using L = Layout<C, Index>;
   static constexpr Tile kTile = L::kTile;
   static constexpr int kScoreTiles = L::kGroupKeys / 8, kColumnTiles = L::kColumns / 8;
 
@@ -61,7 +71,7 @@ struct Warp {
 
   // s = q k^T of the warp's own keys
   __device__ void own_scores(const uint8_t* stage, float (&s)[L::kOwnKeys / 8][4]) {
-    constexpr int kSteps = Int8 ? 4 : 2;  // products of 16 columns in 4 chunks of a row
+    constexpr int kSteps = kEightBit<C> ? 4 : 2;  // products of 16 columns in 4 chunks of a row
     const uint32_t q = ptx::shared_address(memory), k = ptx::shared_address(stage);
     const int row = row_tile * 16 + lane % 16;
     const int key = key_group * L::kGroupKeys + column_group * L::kOwnKeys + lane % 8;
@@ -80,9 +90,8 @@ struct Warp {
         ptx::ldmatrix_x4(b, k + L::K::at(key + 8 * n, 4 * c + lane / 8));
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
-          if constexpr (Int8) {
-            const uint32_t biased = b[j] ^ kSigns;
-            ptx::mma(T{}, s[n], a[j], two_of<T>(biased, 0, 1), two_of<T>(biased, 2, 3));
+          if constexpr (kEightBit<C>) {
+            ptx::mma(T{}, s[n], a[j], two_of<T>(C{}, b[j], 0), two_of<T>(C{}, b[j], 1));
           } else {
             ptx::mma(T{}, s[n], a[j], b[2 * j], b[2 * j + 1]);
           }
@@ -128,7 +137,7 @@ struct Warp {
       for (int i = 0; i < 4; ++i) {
         const int at = column + 8 * n + i % 2, key = tile_key + at, row = i / 2;
         float x = s[n][i];
-        if constexpr (Int8) x *= scales[at].k;
+        if constexpr (kEightBit<C>) x *= scales[at].k;
         x = m.softcap > 0.f ? tanhf(x * (m.scale / m.softcap)) * (m.softcap * kLog2e) : x * factor;
         s[n][i] = key >= first_key[row] && key <= last_key[row] ? x : -kInfinity;
         top[row] = fmaxf(top[row], s[n][i]);
@@ -156,7 +165,7 @@ struct Warp {
       for (int i = 0; i < 4; ++i) {
         s[n][i] = ptx::exp2(s[n][i] - base[i / 2]);
         total[i / 2] += s[n][i];
-        if constexpr (Int8) s[n][i] *= scales[column + 8 * n + i % 2].v * kValueScale;
+        if constexpr (kEightBit<C>) s[n][i] *= scales[column + 8 * n + i % 2].v;
       }
   }
 
@@ -174,14 +183,14 @@ struct Warp {
       for (int c = 0; c < L::kColumns / L::kElements / 2; ++c) {
         uint32_t b[4];
         ptx::ldmatrix_x4_trans(b, v + L::V::at(key + 16 * k, chunk + 2 * c));
-        if constexpr (Int8) {
+        if constexpr (kEightBit<C>) {
           // Transposed as 16-bit units, a register holds columns 2g, 2g+1 of two keys: column tiles 2i and 2i+1 are the
           // even and the odd columns of 16.
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const uint32_t low = b[2 * i] ^ kSigns, high = b[2 * i + 1] ^ kSigns;
-            ptx::mma(T{}, acc[4 * c + 2 * i], a, two_of<T>(low, 0, 2), two_of<T>(high, 0, 2));
-            ptx::mma(T{}, acc[4 * c + 2 * i + 1], a, two_of<T>(low, 1, 3), two_of<T>(high, 1, 3));
+            const uint32_t low = b[2 * i], high = b[2 * i + 1];
+            ptx::mma(T{}, acc[4 * c + 2 * i], a, two_of<T>(C{}, low, 0), two_of<T>(C{}, high, 0));
+            ptx::mma(T{}, acc[4 * c + 2 * i + 1], a, two_of<T>(C{}, low, 1), two_of<T>(C{}, high, 1));
           }
         } else {
           ptx::mma(T{}, acc[2 * c], a, b[0], b[1]);
@@ -207,8 +216,8 @@ struct Warp {
       struct alignas(8) Pair {
         float low, high;
       };
-      if constexpr (Int8) {  // a, b are even columns, d, e odd ones
-        constexpr float kUndo = 1.f / kValueScale;
+      if constexpr (kEightBit<C>) {  // a, b are even columns, d, e odd ones
+        constexpr float kUndo = 1 / (EightBit<C>::kRange * EightBit<C>::kUnit);
         ptx::store_global_16(to + 4 * (lane % 4),
                              {ptx::bits(a * kUndo), ptx::bits(d * kUndo), ptx::bits(b * kUndo), ptx::bits(e * kUndo)});
       } else {

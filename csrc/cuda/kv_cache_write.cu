@@ -1,6 +1,6 @@
-// Writing new keys and values into a paged cache. Bound by memory: an element is read once and written once, an int8
-// row too, as its scale is found while the row waits in registers (up to 256 elements; 64 where they are read one by
-// one).
+// Writing new keys and values into a paged cache. Bound by memory: an element is read once and written once, also when
+// it is quantised to 8 bits, as the row's scale is found while the row waits in registers (up to 256 elements; 64 where
+// they are read one by one).
 #include "llmcore/kv_cache_write.h"
 
 #include <type_traits>
@@ -23,25 +23,36 @@ constexpr int kHeld = Width == 1 ? 8 : 32;
 template <class T, class C>
 constexpr int kWidth = 16 / (sizeof(T) < sizeof(C) ? sizeof(T) : sizeof(C));
 
-PTX_DEVICE int quantised(float x, float scale) {
-  // a subnormal scale is coarse: the quotient may pass 127
-  return static_cast<int>(rintf(fminf(fmaxf(x / scale, -127.f), 127.f)));
+template <class C>
+constexpr bool kQuantised = sizeof(C) == 1;  // int8_t and f8
+template <class C>
+constexpr float kLargest = std::is_same_v<C, f8> ? kLargestF8 : kLargestI8;
+
+// The byte of x / scale as a C.
+template <class C>
+PTX_DEVICE uint32_t quantised(float x, float scale) {
+  // a subnormal scale is coarse: the quotient may pass the largest element
+  const float quotient = fminf(fmaxf(x / scale, -kLargest<C>), kLargest<C>);
+  if constexpr (std::is_same_v<C, f8>)
+    return f8_bits(quotient);
+  else
+    return static_cast<uint32_t>(static_cast<int>(rintf(quotient))) & 255u;
 }
 
-template <int Width>
-PTX_DEVICE void store_quantised(int8_t* q, const float (&x)[Width], float scale) {
+template <class C, int Width>
+PTX_DEVICE void store_quantised(uint8_t* q, const float (&x)[Width], float scale) {
   if constexpr (Width == 1) {
-    *q = static_cast<int8_t>(quantised(x[0], scale));
+    *q = static_cast<uint8_t>(quantised<C>(x[0], scale));
   } else {
     static_assert(Width == 16);
     ptx::Vec16 v = {};
 #pragma unroll
-    for (int i = 0; i < 16; ++i) v.x[i / 4] |= (quantised(x[i], scale) & 255u) << 8 * (i % 4);
+    for (int i = 0; i < 16; ++i) v.x[i / 4] |= quantised<C>(x[i], scale) << 8 * (i % 4);
     ptx::store_global_16(q, v);
   }
 }
 template <int Width>
-PTX_DEVICE void store_zeros(int8_t* q) {
+PTX_DEVICE void store_zeros(uint8_t* q) {
   if constexpr (Width == 1)
     *q = 0;
   else
@@ -49,8 +60,8 @@ PTX_DEVICE void store_zeros(int8_t* q) {
 }
 
 // A team without a row passes dim 0, and gets as far as the shuffles of its warp. `scale` may then be null.
-template <class T, int Width>
-PTX_DEVICE void write_quantised(const T* x, int8_t* q, float* scale_out, int64_t dim) {
+template <class T, class C, int Width>
+PTX_DEVICE void write_quantised(const T* x, uint8_t* q, float* scale_out, int64_t dim) {
   using Mine = Team<kTeam, Width, kHeld<Width>>;
   Packed<T, Width> held[Mine::kChunks] = {};
   Mine::held(dim, [&](int j, int64_t column) { held[j] = fetch<Width>(x + column); });
@@ -73,11 +84,11 @@ PTX_DEVICE void write_quantised(const T* x, int8_t* q, float* scale_out, int64_t
       poison += v[i] * 0.f;  // NaN from inf and NaN
     }
   });
-  const float scale = lanes_max<kTeam>(largest) / 127.f;
+  const float scale = lanes_max<kTeam>(largest) / kLargest<C>;
   const bool finite = lanes_sum<kTeam>(poison) == 0.f;
   if (dim > 0 && threadIdx.x % kTeam == 0) *scale_out = finite ? scale : ptx::from_bits(0x7fc00000);
   if (finite && scale != 0.f)
-    for_row([&](int64_t column, const float(&v)[Width]) { store_quantised(q + column, v, scale); });
+    for_row([&](int64_t column, const float(&v)[Width]) { store_quantised<C>(q + column, v, scale); });
   else
     for_row([&](int64_t column, const float(&)[Width]) { store_zeros<Width>(q + column); });
 }
@@ -112,9 +123,9 @@ PTX_DEVICE void write_side(const KvCacheWriteParams& p, const CacheSide& side) {
     const T* x = static_cast<const T*>(side.source) + token * side.source_strides[0] + head * side.source_strides[1];
     C* y = static_cast<C*>(side.cache) + block * side.cache_strides[0] + offset * side.cache_strides[1] +
            head * side.cache_strides[2];
-    if constexpr (std::is_same_v<C, int8_t>)
-      write_quantised<T, Width>(
-          x, y,
+    if constexpr (kQuantised<C>)
+      write_quantised<T, C, Width>(
+          x, reinterpret_cast<uint8_t*>(y),
           side.scale + block * side.scale_strides[0] + offset * side.scale_strides[1] + head * side.scale_strides[2],
           dim);
     else
@@ -154,6 +165,7 @@ Status start(const KvCacheWriteParams& p, const Device& device) {
 template <class T>
 Status with_cache_dtype(const KvCacheWriteParams& p, const Device& device) {
   if (p.cache_dtype == DType::i8) return start<T, int8_t>(p, device);
+  if (p.cache_dtype == DType::f8) return start<T, f8>(p, device);
   LLMCORE_DISPATCH_FLOAT(p.cache_dtype, C, return (start<T, C>(p, device)))
   return "unknown dtype of the cache";
 }

@@ -118,6 +118,12 @@ PTX_DEVICE uint32_t pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+// The products of two pairs of bf16, rounded; subnormal numbers are numbers. (mul.bf16x2 is there from sm_90 on only.)
+PTX_DEVICE uint32_t multiply_bf16x2(uint32_t x, uint32_t y) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(0x80008000u));  // + -0 keeps the sign of zero
+  return r;
+}
 PTX_DEVICE float f16_to_float(uint16_t x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
@@ -211,6 +217,14 @@ PTX_DEVICE uint32_t bf16_bits(float x) {
 }
 PTX_DEVICE uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 PTX_DEVICE uint32_t pack_f16(float low, float high) { return simt::f16_bits(low) | simt::f16_bits(high) << 16; }
+PTX_DEVICE uint32_t multiply_bf16x2(uint32_t x, uint32_t y) {
+  const auto product = [](uint32_t a, uint32_t b) {  // exact in double; in float too, unless it is subnormal
+    const double exact = static_cast<double>(from_bits(a << 16)) * static_cast<double>(from_bits(b << 16));
+    if (!(::fabs(exact) < 0x1p-126)) return bf16_bits(static_cast<float>(exact));
+    return bf16_bits(static_cast<float>(::copysign(::nearbyint(exact * 0x1p133) * 0x1p-133, exact)));
+  };
+  return product(x & 0xffffu, y & 0xffffu) | product(x >> 16, y >> 16) << 16;
+}
 PTX_DEVICE float f16_to_float(uint16_t x) { return simt::f16_value(x); }
 
 PTX_DEVICE void copy_async_16(uint32_t to, const void* from, int source_bytes) {

@@ -9,6 +9,19 @@ PTX_DEVICE float to_float(float x) { return x; }
 PTX_DEVICE float to_float(bf16 x) { return ptx::from_bits(static_cast<uint32_t>(x.bits) << 16); }
 PTX_DEVICE float to_float(f16 x) { return ptx::f16_to_float(x.bits); }
 PTX_DEVICE float to_float(int8_t x) { return static_cast<float>(x); }
+PTX_DEVICE float to_float(f8 x) {
+  const uint32_t magnitude = x.bits & 0x7fu, sign = (x.bits & 0x80u) << 24;
+  // The fields of the exponent and the fraction, put where a float has them, are the number times 2^(7 - 127).
+  return magnitude == 0x7fu ? ptx::from_bits(0x7fc00000u) : ptx::from_bits(sign | magnitude << 20) * 0x1p120f;
+}
+// The f8 nearest to x, ties to even; |x| <= 448.
+PTX_DEVICE uint32_t f8_bits(float x) {
+  const float magnitude = fabsf(x);
+  const uint32_t bits = ptx::bits(magnitude);
+  const uint32_t normal = ((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120u << 3);
+  const uint32_t subnormal = ptx::bits(magnitude + 16384.f) - 0x46800000u;  // the last bit of 2^14 is worth 2^-9
+  return (magnitude < 0x1p-6f ? subnormal : normal) | (ptx::bits(x) >> 24 & 0x80u);
+}
 
 // Two floats as 16-bit elements of type T, `low` at the lower address.
 PTX_DEVICE uint32_t pack2(bf16, float low, float high) { return ptx::pack_bf16(low, high); }

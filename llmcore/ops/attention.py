@@ -144,13 +144,15 @@ def paged_attention(
     Args:
         q: (batch, heads, head_dim), one query for each sequence; or packed (total_q, heads, head_dim) with
             `cu_seqlens_q`. float32, bfloat16 or float16.
-        k_cache: (num_blocks, block_size, kv_heads, head_dim) of any float dtype, or int8 with scales.
+        k_cache: (num_blocks, block_size, kv_heads, head_dim), float32, bfloat16 or float16; int8 or float8_e4m3fn with
+            scales. An fp8 element of NaN, which `kv_cache_write` never leaves, may be taken for a number.
         v_cache: (num_blocks, block_size, kv_heads, v_head_dim), k_cache's dtype.
         block_table: int32 (batch, max_blocks). Entries beyond a sequence's length are not read.
         kv_lens: int32 (batch,): keys of each sequence, the new ones included.
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in q.
         causal, window, scale, softcap, sinks: as in `attention`.
-        k_scale, v_scale: float32 (num_blocks, block_size, kv_heads): an int8 element stands for value * scale.
+        k_scale, v_scale: float32 (num_blocks, block_size, kv_heads): an element stands for element * scale. Given when,
+            and only when, the caches have 8 bits.
 
     Returns:
         (batch or total_q, heads, v_head_dim), typed as q.
@@ -303,14 +305,14 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
             if n % block_size:
                 used[order[start + count - 1], n % block_size :] = False
             start += count
-        if cache_dtype == torch.int8:
-            scales = {name: t.abs().amax(-1) / 127 for name, t in (("k_scale", k), ("v_scale", v))}
-            k, v = (
-                (t / s[..., None]).round().to(torch.int8) for t, s in ((k, scales["k_scale"]), (v, scales["v_scale"]))
-            )
-            for s in scales.values():
-                s[~used] = float("nan")
-            kwargs |= scales
+        if cache_dtype in reference.LARGEST_ELEMENT:
+            k, k_scale = reference.quantise(k, cache_dtype)
+            v, v_scale = reference.quantise(v, cache_dtype)
+            for scale in (k_scale, v_scale):
+                scale[~used] = float("nan")
+            for cache in (k, v):
+                cache.view(torch.uint8)[~used] = 0x7F  # the largest int8, and NaN of fp8
+            kwargs |= {"k_scale": k_scale, "v_scale": v_scale}
         else:
             k, v = (t.to(cache_dtype or dtype) for t in (k, v))
             k[~used], v[~used] = float("nan"), float("nan")
@@ -329,8 +331,11 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield paged("decode, MLA", [75], 16, 1, 576, 64, v_dim=512)
     yield paged("decode, soft cap", [50, 20], 4, 4, 32, 32, softcap=5.0)
     yield paged("decode, int8", [50, 120, 1], 8, 2, 64, 16, cache_dtype=torch.int8)
+    yield paged("decode, fp8", [50, 120, 1], 8, 2, 64, 16, cache_dtype=torch.float8_e4m3fn)
+    yield paged("decode, fp8, page of 7, head size 59", [40, 9], 3, 1, 59, 7, cache_dtype=torch.float8_e4m3fn)
     yield paged("prefill in chunks", [64, 30, 100, 5], 8, 2, 32, 16, queries=[64, 10, 1, 0])
     yield paged("prefill, int8, MQA", [70, 40], 4, 1, 48, 16, queries=[70, 33], cache_dtype=torch.int8)
+    yield paged("prefill, fp8, MQA", [70, 40], 4, 1, 48, 16, queries=[70, 33], cache_dtype=torch.float8_e4m3fn)
     yield paged("prefill, float32 cache", [40, 40], 2, 1, 32, 8, queries=[40, 3], cache_dtype=torch.float32)
     yield paged("prefill, not causal, sinks", [40], 2, 1, 32, 8, queries=[9], causal=False,
                 sinks=torch.randn(2, generator=make))  # fmt: skip
@@ -368,7 +373,7 @@ register(
         torch_ops=("paged_attention",),
         samples=_paged_samples,
         dtypes={"cpu": FLOATS, "cuda": HALVES},
-        features=("decode and chunked prefill", "any page size; split over the keys", "float and int8 caches"),
+        features=("decode and chunked prefill", "any page size; split over the keys", "float, int8 and fp8 caches"),
         benchmarks=_paged_benchmarks,
         peer=_paged_peer,
         bytes=_paged_bytes,

@@ -6,13 +6,14 @@ written to be read; speed is not their business.
 
 from llmcore.reference.attention import attention, paged_attention
 from llmcore.reference.glu import geglu, swiglu
-from llmcore.reference.kv_cache import kv_cache_write
+from llmcore.reference.kv_cache import LARGEST_ELEMENT, kv_cache_write, quantise
 from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, moe_combine, moe_dispatch, moe_route
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.rope import rope, rope_
 
 __all__ = [
+    "LARGEST_ELEMENT",
     "attention",
     "dyt",
     "geglu",
@@ -24,6 +25,7 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "paged_attention",
+    "quantise",
     "rms_norm",
     "rope",
     "rope_",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcore.reference.checks import check, check_indices, check_offsets, check_shape
+from llmcore.reference.kv_cache import LARGEST_ELEMENT
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -147,7 +148,10 @@ def paged_attention(
     used = torch.arange(max_blocks, device=q.device) * block_size < kv_lens[:, None]
     check_indices("paged_attention: block_table", block_table[used], 0, num_blocks)
     for scale_of in (k_scale, v_scale):
-        check((scale_of is not None) == (k_cache.dtype == torch.int8), "paged_attention: scales go with int8 caches")
+        check(
+            (scale_of is not None) == (k_cache.dtype in LARGEST_ELEMENT),
+            f"paged_attention: scales go with int8 and float8_e4m3fn caches; the caches have {k_cache.dtype}",
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lengths = kv_lens.tolist()
     starts = torch.arange(batch + 1) if cu_seqlens_q is None else cu_seqlens_q

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from llmcore.reference.checks import check, check_shape
 
+# dtypes of 8 bits, whose elements stand for element * scale -> their largest element
+LARGEST_ELEMENT = {torch.int8: 127, torch.float8_e4m3fn: 448}
+
 
 def kv_cache_write(
     k: Tensor,
@@ -26,7 +29,8 @@ def kv_cache_write(
         check_shape(f"kv_cache_write: {name}", new, tokens, kv_heads, new.shape[-1])
         check_shape(f"kv_cache_write: {name}_cache", cache, num_blocks, block_size, kv_heads, new.shape[-1])
         check(
-            (scale is not None) == (cache.dtype == torch.int8), f"kv_cache_write: {name}_scale goes with an int8 cache"
+            (scale is not None) == (cache.dtype in LARGEST_ELEMENT),
+            f"kv_cache_write: {name}_scale goes with int8 and float8_e4m3fn caches; the cache has {cache.dtype}",
         )
     slots = slot_mapping.long()
     outside = (slots < -1) | (slots >= num_blocks * block_size)
@@ -48,18 +52,21 @@ def kv_cache_write(
         if new.shape[-1] == 0:  # nothing to hold, nor to scale
             continue
         rows = new[written]
-        if cache.dtype == torch.int8:
-            rows, scale[where] = _quantise(rows, scale.dtype)
+        if cache.dtype in LARGEST_ELEMENT:
+            rows, scales = quantise(rows, cache.dtype)
+            scale[where] = scales.to(scale.dtype)
         cache[where] = rows.to(cache.dtype)
 
 
-def _quantise(rows: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(tokens, heads, dim) -> int8 values and (tokens, heads) scales. The arithmetic is defined in float32, whatever
-    the input: an int8 cache holds the same bits from every backend."""
+def quantise(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(..., dim) -> elements of `dtype`, which has 8 bits, and (...,) float32 scales. The arithmetic is defined in
+    float32, whatever the input: a cache of 8 bits holds the same bits from every backend."""
+    most = LARGEST_ELEMENT[dtype]
     wide = rows.float()
     largest = wide.abs().amax(-1)
-    scale = largest / torch.full_like(largest, 127)
+    scale = largest / torch.full_like(largest, most)
     usable = (scale > 0) & scale.isfinite()
     quotient = wide / torch.where(usable, scale, torch.ones_like(scale)).unsqueeze(-1)
-    q = torch.where(usable.unsqueeze(-1), quotient.round().clamp(-127, 127), torch.zeros_like(wide))
-    return q.to(torch.int8), torch.where(largest.isfinite(), scale, torch.full_like(scale, torch.nan)).to(scale_dtype)
+    quotient = (quotient.round() if dtype == torch.int8 else quotient).clamp(-most, most)
+    q = torch.where(usable.unsqueeze(-1), quotient, torch.zeros_like(wide))
+    return q.to(dtype), torch.where(largest.isfinite(), scale, torch.full_like(scale, torch.nan))

@@ -109,6 +109,10 @@ def test_a_row_without_keys_has_no_gradient():
         assert torch.equal(actual, e)
 
 
+def both_caches(dtype):
+    return {name: torch.zeros(5, 4, 2, 8, dtype=dtype) for name in ("k_cache", "v_cache")}
+
+
 def paged(**change):
     call = {
         "q": torch.randn(2, 4, 8),
@@ -138,13 +142,13 @@ def paged(**change):
         ({"v_cache": torch.randn(5, 3, 2, 8)}, "blocks must agree"),
         ({"v_cache": torch.randn(5, 4, 2, 8).half()}, "v_cache has dtype float16, but k_cache has float32"),
         ({"cu_seqlens_q": cu(0, 1, 5)}, "cu_seqlens_q ends with 5, but q has 2 rows"),
-        ({"k_scale": torch.ones(5, 4, 2)}, "k_scale and v_scale go with int8 caches"),
+        ({"k_scale": torch.ones(5, 4, 2)}, "k_scale and v_scale go with int8 and float8_e4m3fn caches"),
+        (both_caches(torch.int8), "k_scale and v_scale go with int8 and float8_e4m3fn caches .* the caches are int8"),
+        (both_caches(torch.float8_e4m3fn), "k_scale and v_scale go with .* the caches are float8_e4m3fn"),
+        ({**both_caches(torch.float8_e4m3fn), "k_scale": torch.ones(5, 4, 2)}, "the caches are float8_e4m3fn"),
         (
-            {
-                "k_cache": torch.zeros(5, 4, 2, 8, dtype=torch.int8),
-                "v_cache": torch.zeros(5, 4, 2, 8, dtype=torch.int8),
-            },
-            "k_scale and v_scale go with int8 caches .* the caches are int8",
+            {**both_caches(torch.float8_e5m2), "k_scale": torch.ones(5, 4, 2), "v_scale": torch.ones(5, 4, 2)},
+            "k_cache has dtype float8_e5m2; accepted: float32, bfloat16, float16, int8, float8_e4m3fn",
         ),
     ],
 )

@@ -49,7 +49,10 @@ CASES = [
     (lambda: paged(kv_lens=ints(8, 5)), "block_table holds 9"),
     (lambda: paged(kv_lens=ints(9, 4)), "kv_lens holds 9; accepted: 0 to 8"),
     (lambda: paged(q=f64(3, 4, 8)), "end with 3"),
-    (lambda: paged(k_scale=torch.ones(5, 4, 2)), "scales go with int8 caches"),
+    (
+        lambda: paged(k_scale=torch.ones(5, 4, 2)),
+        "scales go with int8 and float8_e4m3fn caches; the caches have torch.float32",
+    ),
     (lambda: ops.rms_norm(f64(3, 8), f64(1)), r"weight has shape \(1,\); expected \(8,\)"),
     (lambda: ops.rms_norm(f64(3, 8), f64(8), residual=f64(1, 8)), r"residual has shape \(1, 8\)"),
     (lambda: ops.layer_norm(f64(3, 8), f64(8), f64(1)), r"bias has shape \(1,\)"),
@@ -73,7 +76,7 @@ CASES = [
     (lambda: write(k=f64(3, 1, 8), v=f64(3, 1, 8)), r"k_cache has shape \(2, 4, 2, 8\); expected \(2, 4, 1, 8\)"),
     (lambda: write(v=f64(2, 2, 8)), r"v has shape \(2, 2, 8\); expected \(3, 2, 8\)"),
     (lambda: write(slot_mapping=torch.arange(1)), r"slot_mapping has shape \(1,\); expected \(3,\)"),
-    (lambda: write(k_scale=torch.ones(2, 4, 2)), "k_scale goes with an int8 cache"),
+    (lambda: write(k_scale=torch.ones(2, 4, 2)), "k_scale goes with int8 and float8_e4m3fn caches"),
 ]
 
 

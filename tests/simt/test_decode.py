@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import llmcore
+from llmcore import reference
 from llmcore.ops import registry
 from llmcore.ops.registry import HALVES, Sample
 from tests.ops.checks import check_sample
@@ -49,9 +50,9 @@ def paged(
 
     def new_cache(columns):
         values = torch.randn(num_blocks, block_size, kv_heads, columns + spare_columns, generator=make)
-        if cache == torch.int8:
-            scale = values[..., :columns].abs().amax(-1) / 127
-            values = (values / scale[..., None]).round().clamp(-127, 127).to(cache)
+        if cache in reference.LARGEST_ELEMENT:
+            values, scale = reference.quantise(values, cache)
+            values.view(torch.uint8)[~used] = 0x7F  # the largest int8, and NaN of fp8
             scale[~used] = torch.nan
             return values[..., :columns], scale
         values = values.to(cache)
@@ -60,7 +61,7 @@ def paged(
 
     k, k_scale = new_cache(dim)
     v, v_scale = (k[..., :v_dim], k_scale) if latent else new_cache(v_dim)
-    if cache == torch.int8:
+    if cache in reference.LARGEST_ELEMENT:
         kwargs |= {"k_scale": k_scale, "v_scale": v_scale}
     if queries:
         kwargs["cu_seqlens_q"] = torch.tensor([0, *queries]).cumsum(0).int()
@@ -71,31 +72,34 @@ def paged(
 
 
 def samples():
-    f16, i8 = torch.float16, torch.int8
+    f16, i8, f8 = torch.float16, torch.int8, torch.float8_e4m3fn
     yield paged("MLA, v in k", [70, 33], 16, 1, 576, 64, v_dim=512, latent=True)
     yield paged("MLA, v in k, 64 heads", [70], 64, 1, 576, 16, v_dim=512, latent=True)
-    yield paged("MLA, v in k, int8", [70], 16, 1, 576, 16, v_dim=512, latent=True, cache=i8)
-    yield paged("MLA, v in k, int8, 64 heads", [40], 64, 1, 576, 16, v_dim=512, latent=True, cache=i8)
     yield paged("MLA, 64 heads", [40], 64, 1, 576, 16, v_dim=512)
-    yield paged("MLA, int8", [40], 16, 1, 576, 16, v_dim=512, cache=i8)
-    yield paged("MLA, int8, 64 heads", [40], 64, 1, 576, 16, v_dim=512, cache=i8)
+    for cache in (i8, f8):
+        yield paged(f"MLA, v in k, {cache}", [70], 16, 1, 576, 16, v_dim=512, latent=True, cache=cache)
+        yield paged(f"MLA, v in k, {cache}, 64 heads", [40], 64, 1, 576, 16, v_dim=512, latent=True, cache=cache)
+        yield paged(f"MLA, {cache}", [40], 16, 1, 576, 16, v_dim=512, cache=cache)
+        yield paged(f"MLA, {cache}, 64 heads", [40], 64, 1, 576, 16, v_dim=512, cache=cache)
     yield paged("GQA 8:1, uneven lengths", [1, 200, 0, 65], 16, 2, 128, 16)
     yield paged("many splits", [700], 8, 1, 128, 16, dtype=f16)
     yield paged("short sequence, long table", [70, 600, 1], 4, 1, 64, 16, sinks=True)
     for dim, v_dim in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72), (111, 59), (300, 20)):
         for heads in (4, 40):
-            for cache in (None, i8):
+            for cache in (None, i8, f8):
                 yield paged(f"{dim}/{v_dim}, {heads} heads, {cache}", [90], heads, 1, dim, 16, v_dim=v_dim, cache=cache)
     yield paged("page of 1", [67, 3], 6, 2, 64, 1, dtype=f16)
     yield paged("page of 7", [67, 140], 6, 2, 64, 7)
     yield paged("page of 7, int8", [67, 140], 6, 2, 64, 7, cache=i8, dtype=f16)
+    yield paged("page of 7, fp8", [67, 140], 6, 2, 64, 7, cache=f8, dtype=f16)
     yield paged("page of 300", [67, 140], 6, 2, 64, 300)
     yield paged("window", [300, 20, 130], 8, 2, 64, 16, window=100)
     yield paged("window, not causal, sinks", [300, 20, 130], 8, 2, 64, 16, window=33, causal=False, sinks=True)
     yield paged("soft cap, int8", [100], 8, 2, 64, 16, softcap=3.0, cache=i8, dtype=f16)
+    yield paged("soft cap, fp8", [100], 8, 2, 64, 16, softcap=3.0, cache=f8, dtype=f16)
     yield paged("negative scale", [100], 4, 2, 64, 16, scale=-0.3)
     for dtype in HALVES:
-        for cache in (torch.float32, *HALVES, i8):
+        for cache in (torch.float32, *HALVES, i8, f8):
             yield paged(f"{dtype} over {cache}", [90], 4, 1, 64, 16, dtype=dtype, cache=cache)
             yield paged(
                 f"{dtype} over {cache}, unaligned", [70], 4, 1, 60, 16, dtype=dtype, cache=cache, spare_columns=3
@@ -123,15 +127,50 @@ def test_decode_matches_reference(sample, emulated):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("cache", [None, torch.int8])
+@pytest.mark.parametrize("cache", [None, torch.int8, torch.float8_e4m3fn])
 def test_values_of_any_size(dtype, cache, emulated):
     for factor in (1e-3, 1e3):
         sample = paged("sizes", [90], 4, 1, 64, 16, dtype=dtype, cache=cache)
-        if cache == torch.int8:
+        if cache in reference.LARGEST_ELEMENT:
             sample.kwargs["v_scale"].mul_(factor)
         else:
             sample.args[2].mul_(factor)
         check(sample)
+
+
+FP8_NUMBERS = torch.tensor([c for c in range(256) if c % 128 != 127], dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+def one_block(*rows):
+    """A cache of one block and KV head that holds the rows."""
+    return torch.stack(rows)[None, :, None]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_fp8_number_as_a_value(dtype, emulated):
+    cache = one_block(torch.nn.functional.pad(FP8_NUMBERS.view(torch.uint8), (0, 2)).view(FP8_NUMBERS.dtype))
+    scale, lens = torch.full((1, 1, 1), 0.5), torch.ones(1, dtype=torch.int32)
+    with llmcore.backend("kernel"):
+        out = registry["paged_attention"].op(
+            torch.zeros(1, 1, 256, dtype=dtype), cache, cache, lens[None] - 1, lens, k_scale=scale, v_scale=scale
+        )
+    assert torch.equal(out[0, 0], (cache[0, 0, 0].float() * 0.5).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("numbers", FP8_NUMBERS.split(16), ids=lambda x: f"{x[0].item():g}")
+def test_every_fp8_number_in_a_key(dtype, numbers):
+    """Head i's query picks number i of the first key and makes a score of 1 of it; the other key's is 0."""
+    key = torch.zeros(64, dtype=numbers.dtype)
+    key[: len(numbers)] = numbers
+    value = torch.full((64,), 1.0).to(numbers.dtype)
+    zeros = torch.zeros_like(key)
+    x = numbers.to(torch.float32)
+    q = torch.nn.functional.pad(torch.where(x == 0, 1, 1 / x).diag(), (0, 64 - len(x)))[None].to(dtype)
+    lens, ones = torch.full((1,), 2, dtype=torch.int32), torch.ones(1, 2, 1)
+    args = (q, one_block(key, zeros), one_block(value, zeros), lens[None] - 2, lens)
+    with emulator():
+        check(Sample("fp8 key", args, {"scale": 1.0, "k_scale": ones, "v_scale": ones}))
 
 
 def test_nan_in_a_key_reaches_its_rows_alone(emulated):

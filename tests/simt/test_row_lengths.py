@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import llmcore
+from llmcore import reference
 from llmcore.ops import Sample, registry
 from llmcore.ops.registry import FLOATS
 from tests.ops.checks import check_sample
 
-# Multiples of 8 (16 where int8 is written) are read 16 bytes at a time; 8200 and 4101 are longer than the largest team
-# holds.
+# Multiples of 8 (16 where 8 bits are written) are read 16 bytes at a time; 8200 and 4101 are longer than the largest
+# team holds.
 LENGTHS = (128, 264, 1040, 4104, 8200, 259, 2051, 4101)
 
 
@@ -33,10 +34,10 @@ def samples(name: str, dim: int, dtype: torch.dtype):
         yield Sample(f"{dim}", (x + 10, weight, bias, 1e-5, randn(35, dim)), differentiable=(0, 1, 2, 4))
     if name == "kv_cache_write":
         k, v, slots = randn(3, 2, dim), randn(3, 2, dim), torch.tensor([5, 0, 3])
-        for cache_dtype in (torch.int8, dtype):
+        for cache_dtype in (*reference.LARGEST_ELEMENT, dtype):
             k_cache, v_cache = torch.zeros(2, 2, 3, 2, dim, dtype=cache_dtype)
-            int8 = cache_dtype == torch.int8
-            scales = {"k_scale": torch.zeros(2, 3, 2), "v_scale": torch.zeros(2, 3, 2)} if int8 else {}
+            scaled = cache_dtype in reference.LARGEST_ELEMENT
+            scales = {"k_scale": torch.zeros(2, 3, 2), "v_scale": torch.zeros(2, 3, 2)} if scaled else {}
             yield Sample(f"{dim}, {cache_dtype}", (k, v, k_cache, v_cache, slots), scales)
 
 

@@ -40,6 +40,7 @@ typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef int8_t vb __attribute__((vector_size(kLanes)));
+typedef uint8_t vub __attribute__((vector_size(kLanes)));
 
 template <class To, class From>
 LLMCORE_INLINE To bit_cast(From x) {
@@ -63,6 +64,12 @@ LLMCORE_INLINE vi iota() {
 LLMCORE_INLINE float to_float(float x) { return x; }
 LLMCORE_INLINE float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 LLMCORE_INLINE float to_float(int8_t x) { return static_cast<float>(x); }
+LLMCORE_INLINE float to_float(f8 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x80) << 24, mag = x.bits & 0x7f;
+  if (mag == 0x7f) return bit_cast<float>(sign | 0x7fc00000u);
+  if (mag < 8) return (sign ? -1.f : 1.f) * static_cast<float>(mag) * 0.001953125f;  // subnormal
+  return bit_cast<float>(sign | ((mag << 20) + (120u << 23)));
+}
 LLMCORE_INLINE float to_float(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
@@ -131,6 +138,14 @@ LLMCORE_INLINE vf load(const int8_t* p) {
   __builtin_memcpy(&b, p, sizeof(b));
   return __builtin_convertvector(b, vf);
 }
+LLMCORE_INLINE vf load(const f8* p) {
+  vub b;
+  __builtin_memcpy(&b, p, sizeof(b));
+  const vu u = __builtin_convertvector(b, vu), mag = u & 0x7f;
+  const vf subnormal = __builtin_convertvector(bit_cast<vi>(mag), vf) * 0.001953125f;
+  const vf finite = mag < 8 ? subnormal : bit_cast<vf>((mag << 20) + (120u << 23));
+  return bit_cast<vf>((mag == 0x7f ? 0x7fc00000u - vu{} : bit_cast<vu>(finite)) | (u & 0x80) << 24);
+}
 
 // bf16 bits of x in the low half of each 32-bit lane, rounded to nearest even
 LLMCORE_INLINE vu bf16_bits(vf x) {
@@ -158,6 +173,15 @@ LLMCORE_INLINE void store(f16* p, vf x) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<f16>(x[i]);
 #endif
+}
+LLMCORE_INLINE void store(f8* p, vf x) {  // rounded to nearest even; what is beyond the largest becomes the largest
+  const vf a = bit_cast<vf>(bit_cast<vu>(x) & 0x7fffffffu), mag = a < kLargestF8 ? a : kLargestF8 - vf{};
+  const vu u = bit_cast<vu>(mag);
+  const vu normal = ((u + 0x7ffff + ((u >> 20) & 1)) >> 20) - (120u << 3);
+  const vu subnormal = bit_cast<vu>(mag + 16384.f) - 0x46800000u;  // the last bit of 2^14 is worth 2^-9
+  const vu bits = (mag < 0.015625f ? subnormal : normal) | (bit_cast<vu>(x) >> 24 & 0x80);
+  const vub b = __builtin_convertvector(bits, vub);
+  __builtin_memcpy(p, &b, sizeof(b));
 }
 
 template <class T>

@@ -45,12 +45,12 @@ struct AttentionShape {
 struct AttentionParams {
   AttentionShape shape;
   AttentionMask mask;
-  DType q_dtype, kv_dtype;  // out has q_dtype; kv_dtype may differ (and be int8) when paged
+  DType q_dtype, kv_dtype;  // out has q_dtype; kv_dtype may differ (and be of 8 bits) when paged
   const void* q;
   const void* k;
   const void* v;
   RowStrides q_strides, k_strides, v_strides;
-  const float* k_scale;  // (num_blocks, block_size, kv_heads) for int8 caches, or null
+  const float* k_scale;  // (num_blocks, block_size, kv_heads) for caches of 8 bits, or null
   const float* v_scale;
   void* out;
   RowStrides out_strides;

@@ -11,12 +11,28 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// torch's float8_e4m3fn: sign, 4 bits of exponent, 3 of fraction; steps of 2^-9 below 2^-6, up to 448. There is no
+// infinity; 0x7f and 0xff are NaN.
+struct f8 {
+  uint8_t bits;
+};
 
-enum class DType : int { f32, bf16, f16, i8 };
+enum class DType : int { f32, bf16, f16, i8, f8 };
 
 constexpr const char* name(DType t) {
-  return t == DType::f32 ? "float32" : t == DType::bf16 ? "bfloat16" : t == DType::f16 ? "float16" : "int8";
+  switch (t) {
+    case DType::f32: return "float32";
+    case DType::bf16: return "bfloat16";
+    case DType::f16: return "float16";
+    case DType::i8: return "int8";
+    case DType::f8: return "float8_e4m3fn";
+  }
+  return "?";
 }
+
+// Elements of 8 bits stand for element * scale.
+constexpr bool has_scales(DType t) { return t == DType::i8 || t == DType::f8; }
+constexpr float kLargestI8 = 127.f, kLargestF8 = 448.f;
 
 }  // namespace llmcore
 

@@ -13,17 +13,18 @@ struct CacheSide {
   int64_t source_strides[2];  // of token, head
   void* cache;                // (num_blocks, block_size, kv_heads, head_dim)
   int64_t cache_strides[3];   // of block, offset, head
-  float* scale;               // (num_blocks, block_size, kv_heads) when the cache is int8, else null
+  float* scale;               // (num_blocks, block_size, kv_heads) when the cache is of 8 bits, else null
   int64_t scale_strides[3];
 };
 
 // Token t goes to block slots[t] / block_size, offset slots[t] % block_size; a slot of -1 skips the token. No slot
-// occurs twice. A float cache of another dtype converts; an int8 cache holds round_to_even(x / scale) with
-// scale = max|x| / 127 per token and head. A row of zeros has scale 0; a row with inf or NaN has scale NaN, so that it
-// reads back as NaN. A side with head_dim 0 is left alone, its scales included.
+// occurs twice. A float cache of another dtype converts; a cache of 8 bits holds round_to_even(x / scale) with
+// scale = max|x| / largest per token and head, where the largest element is 127 of int8 and 448 of f8. A row of zeros
+// has scale 0; a row with inf or NaN has scale NaN, so that it reads back as NaN; the elements of both are 0. A side
+// with head_dim 0 is left alone, its scales included.
 struct KvCacheWriteParams {
   DType dtype;        // of the sources
-  DType cache_dtype;  // f32, bf16, f16 or i8
+  DType cache_dtype;  // any
   int64_t tokens, kv_heads, block_size;
   const int64_t* slots;  // (tokens)
   CacheSide k, v;

@@ -2,6 +2,7 @@
 // the PTX ISA by another route than the emulator's. The same list runs on a GPU (gpu.cpp), which is how the emulator's
 // idea of an instruction is held against silicon.
 #include <cmath>
+#include <iterator>
 
 #include "memory.h"
 
@@ -293,6 +294,37 @@ Outcome pack(const Rounding (&table)[N]) {
 Outcome pack_bf16() { return pack<true>(kToBf16); }
 Outcome pack_f16() { return pack<false>(kToF16); }
 
+__global__ void multiply_bf16x2_kernel(Words w) {
+  const uint32_t *x = w.in, *y = w.in + blockDim.x;
+  w.out[threadIdx.x] = ptx::multiply_bf16x2(x[threadIdx.x], y[threadIdx.x]);
+}
+Outcome multiply_bf16x2() {
+  struct Product {
+    uint32_t x, y, expected;
+  };
+  constexpr Product kProducts[] = {
+      {0x3f80, 0xc000, 0xc000},                            // 1 times -2
+      {0x3f81, 0x3f81, 0x3f82},                            // 1 + 2^-6 + 2^-14
+      {0x3fc0, 0x3f83, 0x3fc4},                            // ties, to even
+      {0x3fc0, 0x3f81, 0x3fc2}, {0x0001, 0x7780, 0x3500},  // subnormal numbers times 2^112, and a normal one
+      {0x8070, 0x7780, 0xb860}, {0x07e0, 0x7780, 0x3fe0}, {0x0001, 0x3f00, 0x0000},  // subnormal results, rounded
+      {0x0003, 0x3f00, 0x0002}, {0x8001, 0x3f40, 0x8001}, {0x0080, 0x3f00, 0x0040},
+      {0x00ff, 0x3f00, 0x0080}, {0x0000, 0x7780, 0x0000},                            // zero keeps its sign
+      {0x8000, 0x7780, 0x8000}, {0x8000, 0x8000, 0x0000}, {0x7f7f, 0x3f81, 0x7f80},  // overflow, infinity, NaN
+      {0xff80, 0x3f80, 0xff80}, {0x7f80, 0x0000, 0x7fff},
+  };
+  constexpr size_t kCount = std::size(kProducts);
+  std::vector<uint32_t> x, y, expected;
+  for (size_t i = 0; i < kCount; ++i) {  // each in the low half, its successor in the high one
+    const Product &low = kProducts[i], &high = kProducts[(i + 1) % kCount];
+    x.push_back(low.x | high.x << 16);
+    y.push_back(low.y | high.y << 16);
+    expected.push_back(low.expected | high.expected << 16);
+  }
+  x.insert(x.end(), y.begin(), y.end());
+  return run(multiply_bf16x2_kernel, static_cast<int>(kCount), x, expected);
+}
+
 __global__ void f16_to_float_kernel(Words w) {
   w.out[threadIdx.x] = ptx::bits(ptx::f16_to_float(static_cast<uint16_t>(w.in[threadIdx.x])));
 }
@@ -387,6 +419,7 @@ std::vector<Correct> known_answers() {
       {"mma_f16", mma<f16>},
       {"pack_bf16", pack_bf16},
       {"pack_f16", pack_f16},
+      {"multiply_bf16x2", multiply_bf16x2},
       {"f16_to_float", f16_to_float},
       {"exp2", exp2},
       {"tanh_approx", tanh_approx},

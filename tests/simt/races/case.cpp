@@ -10,7 +10,7 @@
 namespace races {
 namespace {
 
-int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : llmcore::has_scales(dtype) ? 1 : 2; }
 
 double tolerance_of(DType dtype) {
   switch (dtype) {
@@ -18,8 +18,16 @@ double tolerance_of(DType dtype) {
     case DType::bf16: return 1.6e-2;
     case DType::f16: return 2e-3;
     case DType::i8: return 1.5 / 127;  // one step, where a quotient falls between two
+    case DType::f8: return 1.01 * 32 / 448;
   }
   return 0;
+}
+
+double f8_value(unsigned code) {
+  const unsigned magnitude = code & 0x7f, exponent = magnitude >> 3, fraction = magnitude & 7;
+  if (magnitude == 0x7f) return NAN;
+  const double value = exponent ? std::ldexp(8 + fraction, static_cast<int>(exponent) - 10) : std::ldexp(fraction, -9);
+  return code & 0x80 ? -value : value;
 }
 
 uint64_t random_state = 0x9e3779b97f4a7c15ull;
@@ -92,6 +100,7 @@ double Tensor::get(int64_t i) const {
     case DType::f32: return as<float>()[i];
     case DType::f16: return simt::f16_value(as<uint16_t>()[i]);
     case DType::i8: return as<int8_t>()[i];
+    case DType::f8: return f8_value(as<uint8_t>()[i]);
     case DType::bf16: break;
   }
   const uint32_t bits = static_cast<uint32_t>(as<uint16_t>()[i]) << 16;
@@ -106,9 +115,15 @@ void Tensor::set(int64_t i, double value) {
     case DType::f32: as<float>()[i] = rounded; return;
     case DType::f16: as<uint16_t>()[i] = static_cast<uint16_t>(simt::f16_bits(rounded)); return;
     case DType::i8: as<int8_t>()[i] = static_cast<int8_t>(std::nearbyint(value)); return;
+    case DType::f8: {  // of inputs only, which are finite and in range: towards zero is good enough, here and below
+      unsigned code = 0x7e;
+      while (f8_value(code) > std::fabs(value)) --code;
+      as<uint8_t>()[i] = static_cast<uint8_t>(code | (value < 0 ? 0x80 : 0));
+      return;
+    }
     case DType::bf16: break;
   }
-  uint32_t bits;  // of inputs only, which are finite: cutting off the low half is good enough
+  uint32_t bits;
   memcpy(&bits, &rounded, sizeof bits);
   as<uint16_t>()[i] = static_cast<uint16_t>(bits >> 16);
 }
