@@ -85,8 +85,13 @@ struct Layout {
   static constexpr int kExchange = kOwnKeys / 8 * 512;  // a warp's own scores
   static constexpr int kStats0 = kExchange0 + (kTile.column_groups > 1 ? kWarps * kExchange : 0);
   static constexpr int kBytes = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
-  // CTAs that an SM of sm_80 is to hold: two if they fit. Each takes 1 KiB for the system.
-  static constexpr int kCtas = 2 * (kBytes + 1024) <= 164 * 1024 ? 2 : 1;
+  // CTAs that a multiprocessor has registers for.
+  static constexpr int kCtas = kThreads > 128 ? 1 : 2;
+  // And shared memory, of which each takes 1 KiB for the system, and one CTA may have all the rest.
+  static constexpr int ctas(int shared_bytes) {
+    const int fit = (shared_bytes + 1024) / (kBytes + 1024);
+    return fit < 1 ? 1 : fit < kCtas ? fit : kCtas;
+  }
 
   static_assert(kBytes <= 163 * 1024, "what a CTA may have");
   static_assert(kOwnKeys % 8 == 0 && kGroupKeys % 16 == 0, "the N of scores and the K of P V");

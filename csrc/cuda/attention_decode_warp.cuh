@@ -10,12 +10,34 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f, kInfin
 
 // What the launcher decides.
 struct Plan {
-  int splits;
+  int tasks;                             // tiles of rows, for each KV head and split
+  int row_tiles;                         // of each sequence; 0: as many as each has rows for, which cu_q tells
+  int splits;                            // of the keys; with 1 the output is written at once
   bool q_vectors, k_vectors, v_vectors;  // rows can be copied 16 bytes at a time
+  bool out_pairs;                        // and the output be written 4 bytes at a time
   int64_t width;                         // of a row of partial sums: v_head_dim to a multiple of 16
   float* sums;                           // (total_q, heads, splits, width)
   RowStats* stats;                       // (total_q, heads, splits)
 };
+
+// A row's output is its sum times this: 1 / its total, the sink's share included.
+PTX_DEVICE float output_factor(const RowStats& row, float sink) {
+  const float top = fmaxf(row.highest, sink), base = top == -kInfinity ? 0.f : top;  // -inf - -inf would be NaN
+  const float weight = ptx::exp2(row.highest - base), total = row.total * weight + ptx::exp2(sink - base);
+  return total == 0.f ? 0.f : weight / total;
+}
+
+// Two neighbouring columns of a row of the output, as far as it has them.
+template <class T>
+PTX_DEVICE void write_pair(T* row, int column, int columns, bool pairs, float a, float b) {
+  if (column >= columns) return;
+  if (pairs) {
+    *reinterpret_cast<uint32_t*>(row + column) = pack2(T{}, a, b);
+  } else {
+    row[column] = from_float<T>(a);
+    if (column + 1 < columns) row[column + 1] = from_float<T>(b);
+  }
+}
 
 // ---- int8 operands -------------------------------------------------------------------------------------------------
 
@@ -37,8 +59,10 @@ PTX_DEVICE int key_column(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
 // as if the cache held 16-bit elements.
 constexpr float kValueScale = 128.f;
 
+// Where a lane's two rows go: their places in Plan::stats, or with one split in the output. -1: rows that are padding.
 struct RowPlaces {
-  int64_t of[2];  // of a lane's rows in Plan::stats, or -1
+  int64_t of[2];
+  float sink[2];  // with one split
 };
 
 // ---- a warp --------------------------------------------------------------------------------------------------------
@@ -196,41 +220,57 @@ struct Warp {
   }
 
   // Writes 16 columns of the two rows: x is column tiles 2c and 2c + 1.
-  __device__ void write_columns(const Plan& plan, const RowPlaces& place, int c, const float (&x)[2][4]) const {
+  __device__ void write_columns(const AttentionParams& p, const Plan& plan, const RowPlaces& place, int c,
+                                const float (&factor)[2], const float (&x)[2][4]) const {
     const int column = column_group * L::kColumns + 16 * c;
     if (column >= plan.width) return;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       if (place.of[row] < 0) continue;
-      float* to = plan.sums + place.of[row] * plan.width + column;
-      const float a = x[0][2 * row], b = x[0][2 * row + 1], d = x[1][2 * row], e = x[1][2 * row + 1];
+      const float a = x[0][2 * row] * factor[row], b = x[0][2 * row + 1] * factor[row], d = x[1][2 * row] * factor[row],
+                  e = x[1][2 * row + 1] * factor[row];
       struct alignas(8) Pair {
         float low, high;
       };
-      if constexpr (Int8) {  // a, b are even columns, d, e odd ones
-        constexpr float kUndo = 1.f / kValueScale;
-        ptx::store_global_16(to + 4 * (lane % 4),
-                             {ptx::bits(a * kUndo), ptx::bits(d * kUndo), ptx::bits(b * kUndo), ptx::bits(e * kUndo)});
+      // int8: a, b are even columns, d, e odd ones
+      const Pair first = Int8 ? Pair{a, d} : Pair{a, b}, second = Int8 ? Pair{b, e} : Pair{d, e};
+      const int at = column + (Int8 ? 4 : 2) * (lane % 4), next = at + (Int8 ? 2 : 8);
+      if (plan.splits == 1) {
+        T* to = static_cast<T*>(p.out) + place.of[row];
+        const int columns = static_cast<int>(p.shape.v_head_dim);
+        write_pair(to, at, columns, plan.out_pairs, first.low, first.high);
+        write_pair(to, next, columns, plan.out_pairs, second.low, second.high);
       } else {
-        reinterpret_cast<Pair*>(to)[lane % 4] = {a, b};
-        reinterpret_cast<Pair*>(to)[4 + lane % 4] = {d, e};
+        float* to = plan.sums + place.of[row] * plan.width;
+        *reinterpret_cast<Pair*>(to + at) = first;
+        *reinterpret_cast<Pair*>(to + next) = second;
       }
     }
   }
 
-  // Joins the key groups and writes the CTA's partial sums.
-  __device__ void finish(const Plan& plan, const RowPlaces& place) {
+  // What the sums of the two rows are written times.
+  __device__ void output_factors(const Plan& plan, const RowPlaces& place, float (&factor)[2]) const {
+    constexpr float kUndo = Int8 ? 1.f / kValueScale : 1.f;
+#pragma unroll
+    for (int row = 0; row < 2; ++row)
+      factor[row] = plan.splits == 1 ? output_factor({highest[row], total[row]}, place.sink[row]) * kUndo : kUndo;
+  }
+
+  // Joins the key groups and writes the CTA's partial sums, or the output.
+  __device__ void finish(const AttentionParams& p, const Plan& plan, const RowPlaces& place) {
+    float factor[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       total[row] += ptx::shfl_xor(total[row], 1);
       total[row] += ptx::shfl_xor(total[row], 2);
     }
     if constexpr (L::kKeyGroups == 1) {
+      output_factors(plan, place, factor);
 #pragma unroll
       for (int c = 0; c < kColumnTiles / 2; ++c) {
         const float x[2][4] = {{acc[2 * c][0], acc[2 * c][1], acc[2 * c][2], acc[2 * c][3]},
                                {acc[2 * c + 1][0], acc[2 * c + 1][1], acc[2 * c + 1][2], acc[2 * c + 1][3]}};
-        write_columns(plan, place, c, x);
+        write_columns(p, plan, place, c, factor, x);
       }
     } else {
       auto* stats = reinterpret_cast<RowStats*>(memory + L::kStats0);
@@ -259,6 +299,7 @@ struct Warp {
           total[row] += of[g].total * weight[g][row];
         }
       }
+      output_factors(plan, place, factor);
       for (int c = key_group; c < kColumnTiles / 2; c += L::kKeyGroups) {
         float x[2][4] = {};
 #pragma unroll
@@ -269,10 +310,10 @@ struct Warp {
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[n][i] += ptx::from_bits(v.x[i]) * weight[g][i / 2];
           }
-        write_columns(plan, place, c, x);
+        write_columns(p, plan, place, c, factor, x);
       }
     }
-    if (leads())
+    if (plan.splits > 1 && leads())
 #pragma unroll
       for (int row = 0; row < 2; ++row)
         if (place.of[row] >= 0) plan.stats[place.of[row]] = {highest[row], total[row]};
