@@ -30,6 +30,33 @@ PTX_DEVICE KeyRange visible_keys(const AttentionMask& m, int64_t i, int64_t num_
   return {static_cast<int>(first), static_cast<int>(last)};
 }
 
+// The tile that task number `task` begins with, without its end; false if there is none. All lanes of a warp must ask
+// together.
+PTX_DEVICE bool first_rows(const AttentionShape& s, const Plan& plan, int tile_rows, int task, RowTile& rows) {
+  if (!plan.row_tiles) return find_packed(s, plan.group, tile_rows, task, rows.b, rows.first);
+  rows.b = task / plan.row_tiles;
+  rows.first = task % plan.row_tiles * tile_rows;
+  return true;
+}
+
+// Where a lane's two rows, `row` and eight further on, leave what the CTA found.
+PTX_DEVICE RowPlaces places_of(const AttentionParams& p, const Plan& plan, const RowTile& rows, int row, int split) {
+  RowPlaces place{{-1, -1}, {-kInfinity, -kInfinity}};
+#pragma unroll
+  for (int i = 0; i < 2; ++i, row += 8) {
+    if (row >= rows.end) continue;
+    const int query = row / plan.group, head = static_cast<int>(blockIdx.y) * plan.group + row % plan.group;
+    if (plan.splits > 1) {
+      place.of[i] = ((rows.query0 + query) * p.shape.heads + head) * plan.splits + split;
+    } else {
+      place.of[i] = rows.b * p.out_strides.batch + (query + (p.shape.cu_q ? rows.query0 : 0)) * p.out_strides.row +
+                    head * p.out_strides.head;
+      if (p.mask.sinks) place.sink[i] = p.mask.sinks[head] * kLog2e;
+    }
+  }
+  return place;
+}
+
 // grid: (tasks * splits, kv_heads). The tasks of a split are neighbours, so that tiles of rows of one sequence run at
 // the same time and find in L2 the keys that one of them has brought.
 template <class T, bool Int8, int Index>
@@ -40,22 +67,10 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
   PTX_SHARED_MEMORY(memory);
   ptx::launch_dependents();  // combine() may come as soon as there is room for it
   const AttentionShape& s = p.shape;
-  const int task = static_cast<int>(blockIdx.x) % plan.tasks, split = static_cast<int>(blockIdx.x) / plan.tasks;
-  const int kv_head = static_cast<int>(blockIdx.y), group = static_cast<int>(s.heads / s.kv_heads);
-  int b, row_begin;
-  if (plan.row_tiles) {
-    b = task / plan.row_tiles;
-    row_begin = task % plan.row_tiles * kTile.rows;
-  } else if (!find_packed(s, group, kTile.rows, task, b, row_begin)) {
-    return;
-  }
-  const int num_k = s.kv_lens[b];
-  // The sequence's first query among all. Asked for where it is needed, so as not to take a register.
-  const auto query0 = [&] { return s.cu_q ? s.cu_q[b] : b * static_cast<int>(s.seq_q); };
-  const int num_q = s.cu_q ? s.cu_q[b + 1] - query0() : static_cast<int>(s.seq_q);
-  // One tile, unless cu_q gives a sequence more rows than row_tiles, that is those of others.
-  const int stride = (plan.row_tiles ? plan.row_tiles : 1) * kTile.rows;
-  const int rows = plan.row_tiles ? num_q * group : clamp(num_q * group, 0, row_begin + kTile.rows);
+  const int split = static_cast<int>(blockIdx.x) / plan.tasks, kv_head = static_cast<int>(blockIdx.y);
+  const int group = plan.group;
+  RowTile rows;
+  if (!first_rows(s, plan, kTile.rows, static_cast<int>(blockIdx.x) % plan.tasks, rows)) return;
 
   Warp<T, Int8, Index> w;
   w.memory = memory;
@@ -64,9 +79,19 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
   w.column_group = w.warp % kTile.column_groups;
   w.row_tile = w.warp / kTile.column_groups % L::kRowTiles;
   w.key_group = w.warp / kTile.column_groups / L::kRowTiles;
+  const int lane_row = w.row_tile * 16 + w.lane / 4;  // and eight further on
 
-  for (int row0 = row_begin; row0 < rows; row0 += stride) {
-    const int row_end = row0 + kTile.rows < rows ? row0 + kTile.rows : rows;
+  // One tile, unless cu_q gives a sequence more rows than the launcher thought, that is those of others.
+  for (;; rows.first += plan.row_stride) {
+    const int b = rows.b, num_k = s.kv_lens[b];
+    rows.query0 = s.cu_q ? s.cu_q[b] : b * static_cast<int>(s.seq_q);
+    const int num_q = s.cu_q ? s.cu_q[b + 1] - rows.query0 : static_cast<int>(s.seq_q);
+    if (rows.first >= num_q * group) return;
+    const int row0 = rows.first, row_end = clamp(num_q * group, 0, row0 + kTile.rows);
+    rows.end = row_end;
+    auto* kept_rows = reinterpret_cast<RowTile*>(memory + L::kRowTile0);
+    if (threadIdx.x == 0) *kept_rows = rows;
+
     // The union of what the rows see; each split takes the same number of tiles, the last ones less or nothing.
     const int first = visible_keys(p.mask, row0 / group, num_q, num_k).first;
     const int last = visible_keys(p.mask, (row_end - 1) / group, num_q, num_k).last;
@@ -75,32 +100,15 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
     const int tile0 = split * share;
     const int tiles = clamp(all_tiles - tile0, 0, share);
     const int key0 = first + tile0 * kTile.keys;
-
-    const auto places = [&] {
-      RowPlaces place{{-1, -1}, {-kInfinity, -kInfinity}};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = row0 + w.row_tile * 16 + w.lane / 4 + 8 * i, head = kv_head * group + row % group;
-        if (row >= row_end) continue;
-        if (plan.splits > 1) {
-          place.of[i] = ((query0() + row / group) * s.heads + head) * plan.splits + split;
-        } else {
-          const int64_t query = row / group + (s.cu_q ? query0() : 0);
-          place.of[i] = b * p.out_strides.batch + query * p.out_strides.row + head * p.out_strides.head;
-          if (p.mask.sinks) place.sink[i] = p.mask.sinks[head] * kLog2e;
-        }
-      }
-      return place;
-    };
     if (tiles == 0 && plan.splits > 1) {  // nothing but the neutral element: the sums will not be read
       if (w.leads())
-        for (int64_t place : places().of)
+        for (int64_t place : places_of(p, plan, rows, row0 + lane_row, split).of)
           if (place >= 0) plan.stats[place] = {-kInfinity, 0.f};
       continue;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = row0 + w.row_tile * 16 + w.lane / 4 + 8 * i;
+      const int row = row0 + lane_row + 8 * i;
       const KeyRange seen = visible_keys(p.mask, row / group, num_q, num_k);
       w.first_key[i] = seen.first;
       w.last_key[i] = row < row_end ? seen.last : -1;
@@ -131,7 +139,7 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
       const int r = i / L::Q::kChunks, chunk = i % L::Q::kChunks, row = row0 + r;
       const int count = row < row_end ? static_cast<int>(s.head_dim) : 0;
       uint8_t* at = memory + L::Q::at(r, chunk);
-      const int64_t query = row / group + (s.cu_q ? query0() : 0);
+      const int64_t query = row / group + (s.cu_q ? rows.query0 : 0);
       const T* q = static_cast<const T*>(p.q) + b * p.q_strides.batch + query * p.q_strides.row +
                    (kv_head * group + row % group) * p.q_strides.head;
       if constexpr (Int8) {
@@ -178,7 +186,8 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
     }
     ptx::copy_wait<0>();
     ptx::syncthreads();  // the stages are free
-    w.finish(p, plan, places());
+    rows = *kept_rows;
+    w.finish(p, plan, places_of(p, plan, rows, rows.first + w.row_tile * 16 + w.lane / 4, split));
     ptx::syncthreads();  // and again, for another round
   }
 }
@@ -358,12 +367,14 @@ template <class L>
 Plan make_plan(const AttentionParams& p, const Device& device) {
   constexpr int kRows = L::kTile.rows;
   const AttentionShape& s = p.shape;
-  const int64_t row_tiles = divide_up(rows_of(s), kRows), group = s.heads / s.kv_heads;
+  const int64_t row_tiles = divide_up(rows_of(s), kRows);
   const bool search = s.cu_q && !one_query_each(s);
   Plan plan{};
+  plan.group = static_cast<int>(s.heads / s.kv_heads);
   plan.row_tiles = search ? 0 : static_cast<int>(row_tiles);
+  plan.row_stride = search ? kNoEnd : static_cast<int>(row_tiles * kRows);
   // Every sequence may have one tile that is not full.
-  plan.tasks = static_cast<int>(search ? s.total_q * group / kRows + s.batch : s.batch * row_tiles);
+  plan.tasks = static_cast<int>(search ? s.total_q * plan.group / kRows + s.batch : s.batch * row_tiles);
   plan.width = divide_up(s.v_head_dim, 16) * 16;
   const bool int8 = p.kv_dtype == DType::i8;
   const int64_t element = int8 ? 1 : 2, columns = s.head_dim + (L::kTile.latent ? 0 : s.v_head_dim);
@@ -417,8 +428,8 @@ Status run(const AttentionParams& p, const Device& device) {
 bool attention_decode_serves(const AttentionParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
   if (!s.block_table || p.mask.block_mask || p.lse || p.q_dtype == DType::f32 || s.total_q == 0) return false;
-  // Positions and pages are 32-bit numbers on the device, kv_heads is a grid's y.
-  if (s.block_size > INT32_MAX || s.kv_heads > 65535 || s.total_q * s.heads > INT32_MAX) return false;
+  // Rows, positions and pages are 32-bit numbers on the device, kv_heads is a grid's y.
+  if (s.block_size > INT32_MAX || s.kv_heads > 65535 || s.total_q * s.heads >= kNoEnd) return false;
   return !decode::prefill_is_better(s, device) && decode::tile_for(p, decode::is_latent(p), device) >= 0;
 }
 

@@ -52,6 +52,11 @@ struct KeyRow {
 struct KeyScales {
   float k, v;
 };
+// The rows [first, end) of sequence b, whose first query is query0 among all. What is needed in the end waits in shared
+// memory, for accumulators take nearly all registers.
+struct RowTile {
+  int b, query0, first, end;
+};
 struct RowStats {
   float highest, total;  // of the exponents of 2 a row has seen, and the sum of their powers less the highest
 };
@@ -84,7 +89,8 @@ struct Layout {
   static constexpr int kExchange0 = kScales0 + (Int8 ? kStages * kTile.keys * static_cast<int>(sizeof(KeyScales)) : 0);
   static constexpr int kExchange = kOwnKeys / 8 * 512;  // a warp's own scores
   static constexpr int kStats0 = kExchange0 + (kTile.column_groups > 1 ? kWarps * kExchange : 0);
-  static constexpr int kBytes = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
+  static constexpr int kRowTile0 = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
+  static constexpr int kBytes = kRowTile0 + static_cast<int>(sizeof(RowTile));
   // CTAs that a multiprocessor has registers for.
   static constexpr int kCtas = kThreads > 128 ? 1 : 2;
   // And shared memory, of which each takes 1 KiB for the system, and one CTA may have all the rest.

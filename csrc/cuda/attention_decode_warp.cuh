@@ -12,6 +12,8 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f, kInfin
 struct Plan {
   int tasks;                             // tiles of rows, for each KV head and split
   int row_tiles;                         // of each sequence; 0: as many as each has rows for, which cu_q tells
+  int row_stride;                        // to a CTA's next tile
+  int group;                             // query heads of a KV head
   int splits;                            // of the keys; with 1 the output is written at once
   bool q_vectors, k_vectors, v_vectors;  // rows can be copied 16 bytes at a time
   bool out_pairs;                        // and the output be written 4 bytes at a time
