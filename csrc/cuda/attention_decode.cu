@@ -39,22 +39,51 @@ PTX_DEVICE bool first_rows(const AttentionShape& s, const Plan& plan, int tile_r
   return true;
 }
 
-// Where a lane's two rows, `row` and eight further on, leave what the CTA found.
-PTX_DEVICE RowPlaces places_of(const AttentionParams& p, const Plan& plan, const RowTile& rows, int row, int split) {
-  RowPlaces place{{-1, -1}, {-kInfinity, -kInfinity}};
+// Of a lane's two rows, `row` and eight further on: their places in plan.stats, or -1 where rows are padding; and their
+// sinks.
+PTX_DEVICE void places_of(const AttentionParams& p, const Plan& plan, const RowTile& rows, int row, int split,
+                          int64_t (&place)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i, row += 8) {
-    if (row >= rows.end) continue;
-    const int query = row / plan.group, head = static_cast<int>(blockIdx.y) * plan.group + row % plan.group;
-    if (plan.splits > 1) {
-      place.of[i] = ((rows.query0 + query) * p.shape.heads + head) * plan.splits + split;
-    } else {
-      place.of[i] = rows.b * p.out_strides.batch + (query + (p.shape.cu_q ? rows.query0 : 0)) * p.out_strides.row +
-                    head * p.out_strides.head;
-      if (p.mask.sinks) place.sink[i] = p.mask.sinks[head] * kLog2e;
-    }
+    const int head = static_cast<int>(blockIdx.y) * plan.group + row % plan.group;
+    place[i] = ((rows.query0 + row / plan.group) * p.shape.heads + head) * plan.splits + split;
+    if (row >= rows.end) place[i] = -1;
   }
-  return place;
+}
+PTX_DEVICE void sinks_of(const AttentionParams& p, const Plan& plan, int row, float (&sink)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i, row += 8)
+    sink[i] =
+        p.mask.sinks ? p.mask.sinks[static_cast<int>(blockIdx.y) * plan.group + row % plan.group] * kLog2e : -kInfinity;
+}
+
+// Eight columns of a row of the output, as far as it has them.
+template <class T>
+PTX_DEVICE void write_chunk(T* to, const ptx::Vec16& x, int count, bool vectors) {
+  if (vectors && count >= 8) {
+    ptx::store_global_16(to, x);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e)
+    if (e < count) to[e] = T{static_cast<uint16_t>(x.x[e / 2] >> 16 * (e % 2))};
+}
+
+// The output of a tile of rows, from where the queries were.
+template <class T, class L>
+PTX_DEVICE void write_output(const AttentionParams& p, const Plan& plan, const RowTile& rows, const uint8_t* memory) {
+  constexpr int kChunks = L::kTile.v_head / 8;
+  const int count = rows.end - rows.first, columns = static_cast<int>(p.shape.v_head_dim);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < count * kChunks; i += L::kThreads) {
+    const int local = i / kChunks, chunk = i % kChunks, row = rows.first + local;
+    if (8 * chunk >= columns) continue;
+    const int query = row / plan.group, head = static_cast<int>(blockIdx.y) * plan.group + row % plan.group;
+    T* to = static_cast<T*>(p.out) + rows.b * p.out_strides.batch +
+            (query + (p.shape.cu_q ? rows.query0 : 0)) * p.out_strides.row + head * p.out_strides.head;
+    write_chunk(to + 8 * chunk, *reinterpret_cast<const ptx::Vec16*>(memory + L::output_at(local, 8 * chunk)),
+                columns - 8 * chunk, plan.out_vectors);
+  }
 }
 
 // grid: (tasks * splits, kv_heads). The tasks of a split are neighbours, so that tiles of rows of one sequence run at
@@ -101,9 +130,11 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
     const int tiles = clamp(all_tiles - tile0, 0, share);
     const int key0 = first + tile0 * kTile.keys;
     if (tiles == 0 && plan.splits > 1) {  // nothing but the neutral element: the sums will not be read
+      int64_t place[2];
+      places_of(p, plan, rows, row0 + lane_row, split, place);
       if (w.leads())
-        for (int64_t place : places_of(p, plan, rows, row0 + lane_row, split).of)
-          if (place >= 0) plan.stats[place] = {-kInfinity, 0.f};
+        for (int64_t at : place)
+          if (at >= 0) plan.stats[at] = {-kInfinity, 0.f};
       continue;
     }
 #pragma unroll
@@ -187,7 +218,18 @@ __global__ void __launch_bounds__(Layout<Int8, Index>::kThreads, Layout<Int8, In
     ptx::copy_wait<0>();
     ptx::syncthreads();  // the stages are free
     rows = *kept_rows;
-    w.finish(p, plan, places_of(p, plan, rows, rows.first + w.row_tile * 16 + w.lane / 4, split));
+    const int row = rows.first + w.row_tile * 16 + w.lane / 4;
+    if (plan.splits > 1) {
+      int64_t place[2];
+      places_of(p, plan, rows, row, split, place);
+      w.finish_sums(plan, place);
+    } else {
+      float sink[2];
+      sinks_of(p, plan, row, sink);
+      w.finish_output(sink);
+      ptx::syncthreads();
+      write_output<T, L>(p, plan, rows, memory);
+    }
     ptx::syncthreads();  // and again, for another round
   }
 }
@@ -253,8 +295,8 @@ __global__ void combine(AttentionParams p, Plan plan) {
   T* out = static_cast<T*>(p.out) + b * p.out_strides.batch + query * p.out_strides.row + head * p.out_strides.head;
   const float factor = output_factor({top, total}, sink);
   const int columns = static_cast<int>(s.v_head_dim);
-  write_pair(out, column, columns, plan.out_pairs, sum[0] * factor, sum[1] * factor);
-  write_pair(out, column + 2, columns, plan.out_pairs, sum[2] * factor, sum[3] * factor);
+  for (int j = 0; j < 4; ++j)
+    if (column + j < columns) out[column + j] = from_float<T>(sum[j] * factor);
 }
 
 // ---- launching -----------------------------------------------------------------------------------------------------
@@ -358,9 +400,9 @@ int64_t most_keys(const AttentionParams& p) {
   return most > 1 ? most : 1;
 }
 
-bool rows_aligned(const void* p, const RowStrides& s, int64_t element, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0 && s.batch * element % bytes == 0 &&
-         s.row * element % bytes == 0 && s.head * element % bytes == 0;
+bool rows_aligned(const void* p, const RowStrides& s, int64_t element) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && s.batch * element % 16 == 0 && s.row * element % 16 == 0 &&
+         s.head * element % 16 == 0;
 }
 
 template <class L>
@@ -382,11 +424,11 @@ Plan make_plan(const AttentionParams& p, const Device& device) {
   plan.splits = choose_splits({s.batch * row_tiles * s.kv_heads, divide_up(most_keys(p), L::kTile.keys),
                                L::kTile.keys * columns * element, rows * plan.width * 4,
                                int64_t{L::ctas(device.shared_bytes)} * device.multiprocessors});
-  plan.q_vectors = rows_aligned(p.q, p.q_strides, 2, 16);
+  plan.q_vectors = rows_aligned(p.q, p.q_strides, 2);
   const bool as_they_are = p.kv_dtype == p.q_dtype || int8;
-  plan.k_vectors = as_they_are && rows_aligned(p.k, p.k_strides, element, 16);
-  plan.v_vectors = as_they_are && rows_aligned(p.v, p.v_strides, element, 16);
-  plan.out_pairs = rows_aligned(p.out, p.out_strides, 2, 4) && s.v_head_dim % 2 == 0;
+  plan.k_vectors = as_they_are && rows_aligned(p.k, p.k_strides, element);
+  plan.v_vectors = as_they_are && rows_aligned(p.v, p.v_strides, element);
+  plan.out_vectors = rows_aligned(p.out, p.out_strides, 2);
   const int64_t partials = s.total_q * s.heads * plan.splits;
   plan.sums = static_cast<float*>(p.workspace);
   plan.stats = reinterpret_cast<RowStats*>(plan.sums + partials * plan.width);

@@ -91,6 +91,12 @@ struct Layout {
   static constexpr int kStats0 = kExchange0 + (kTile.column_groups > 1 ? kWarps * kExchange : 0);
   static constexpr int kRowTile0 = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
   static constexpr int kBytes = kRowTile0 + static_cast<int>(sizeof(RowTile));
+  // The output passes where the queries were. Rows are shifted against each other by 16 bytes, which takes no register
+  // for addresses; that reaches into the stages, so where key groups meet there, chunks are permuted instead.
+  PTX_DEVICE uint32_t output_at(uint32_t row, uint32_t column) {
+    return kKeyGroups > 1 ? Q::at(row, column / 8) + column % 8 * 2 : row * (2 * kTile.v_head + 16) + 2 * column;
+  }
+
   // CTAs that a multiprocessor has registers for.
   static constexpr int kCtas = kThreads > 128 ? 1 : 2;
   // And shared memory, of which each takes 1 KiB for the system, and one CTA may have all the rest.
