@@ -20,9 +20,9 @@ struct Tile {
   int column_groups;  // a power of 2
   bool latent;        // v is the first columns of k, the same memory: MLA's compressed cache
 };
-// The first that fits a call is taken. Keys and stages are such that an SM of sm_80 (164 KiB of shared memory) holds
-// two CTAs of 16 rows where it can, so that one computes while the other waits, and every tile fits the 163 KiB of a
-// CTA.
+// Head sizes with tiles of 16 and of 64 rows; which one is taken: tile_for(). Keys and stages are such that an SM of
+// sm_80 (164 KiB of shared memory) holds two CTAs of 16 rows where it can, so that one computes while the other waits,
+// and every tile fits the 163 KiB of a CTA.
 constexpr Tile kTiles[] = {
     {64, 64, 16, 64, 3, 1, false},   {64, 64, 64, 64, 3, 1, false},
     {96, 96, 16, 64, 2, 1, false},  // 16-bit caches only: tile_exists()
