@@ -130,25 +130,6 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   return call;
 }
 
-// Runs a launcher with the memory it asks for: torch's allocator reuses it once the stream has passed this call.
-#ifdef LLMCORE_CUDA
-int64_t workspace(const AttentionParams& p, const cuda::Device& d) { return cuda::attention_forward_workspace(p, d); }
-int64_t workspace(const AttentionBackwardParams& p, const cuda::Device& d) {
-  return cuda::attention_backward_workspace(p, d);
-}
-#endif
-template <class Params>
-Tensor with_workspace([[maybe_unused]] Params& p, const Tensor& q) {
-#ifdef LLMCORE_CUDA
-  if (!q.is_cpu()) {
-    Tensor memory = empty(q, {workspace(p, CudaCall(q).device())}, ScalarType::Byte);
-    p.workspace = memory.mutable_data_ptr();
-    return memory;
-  }
-#endif
-  return q;
-}
-
 Tensor new_rows(const Tensor& q, int64_t rows_dim, int64_t heads, int64_t dim) {
   return q.dim() == 4 ? empty(q, {q.size(0), rows_dim, heads, dim}) : empty(q, {rows_dim, heads, dim});
 }
@@ -179,8 +160,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   p.lse_batch = s.cu_q ? 0 : s.heads * s.seq_q;
   p.lse_head = s.cu_q ? call.total_q : s.seq_q;
-  const Tensor memory = with_workspace(p, q);
-  LLMCORE_RUN(attention_forward, q, p);
+  LLMCORE_RUN_WITH_WORKSPACE(attention_forward, q, p);
   return {out, lse};
 }
 
@@ -242,8 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.dk_strides = strides(dk);
   p.dv_strides = strides(dv);
   p.dsinks = sinks ? static_cast<float*>(dsinks.mutable_data_ptr()) : nullptr;
-  const Tensor memory = with_workspace(p, q);
-  LLMCORE_RUN(attention_backward, q, p);
+  LLMCORE_RUN_WITH_WORKSPACE(attention_backward, q, p);
   return {dq, dk, dv, sinks ? sum_partials(dsinks, ScalarType::Float) : dsinks};
 }
 
@@ -327,8 +306,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   p.v_strides = {v_cache.stride(0), v_cache.stride(1), v_cache.stride(2)};
   p.out = out.mutable_data_ptr();
   p.out_strides = cu_q ? RowStrides{0, out.stride(0), out.stride(1)} : RowStrides{out.stride(0), 0, out.stride(1)};
-  const Tensor memory = with_workspace(p, q);
-  LLMCORE_RUN(attention_forward, q, p);
+  LLMCORE_RUN_WITH_WORKSPACE(attention_forward, q, p);
   return out;
 }
 

@@ -231,6 +231,11 @@ CudaCall::CudaCall(const Tensor& like) : like_(like), guard_(like.get_device()),
   check(cuda::describe(like.get_device(), device_), "device");
 }
 
+OptTensor CudaCall::workspace(int64_t bytes) const {
+  if (bytes == 0) return std::nullopt;
+  return empty(like_, {bytes}, ScalarType::Byte);
+}
+
 void CudaCall::check(cuda::Status status, const char* kernel) const {
   LLMCORE_CHECK(!status, kernel, " of a tensor of shape ", shape_text(like_), " on CUDA device ", like_.get_device(),
                 ": ", status);

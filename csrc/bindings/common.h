@@ -99,13 +99,16 @@ Tensor sum_partials(const Tensor& partials, ScalarType dtype);
 
 Parallel torch_parallel();
 
-// LLMCORE_RUN(rope, x, p): the op's kernel on the device where `x` is.
+// LLMCORE_RUN(rope, x, p): the op's kernel on the device where `x` is. LLMCORE_RUN_WITH_WORKSPACE: a launcher that
+// needs p.workspace, of the size that its twin KERNEL_workspace tells; torch's allocator reuses it once the stream has
+// passed this call.
 #ifdef LLMCORE_CUDA
 // `like`'s device made current, and its current stream.
 class CudaCall {
  public:
   explicit CudaCall(const Tensor& like);
   const cuda::Device& device() const { return device_; }
+  OptTensor workspace(int64_t bytes) const;                   // none for 0 bytes
   void check(cuda::Status status, const char* kernel) const;  // throws, with the kernel's name and like's shape
 
  private:
@@ -122,11 +125,23 @@ class CudaCall {
       call_.check(cuda::kernel(p, call_.device()), #kernel); \
     }                                                        \
   } while (0)
+#define LLMCORE_RUN_WITH_WORKSPACE(kernel, like, p)                                           \
+  do {                                                                                        \
+    if ((like).is_cpu()) {                                                                    \
+      cpu::kernel(p, torch_parallel());                                                       \
+    } else {                                                                                  \
+      const CudaCall call_(like);                                                             \
+      const OptTensor memory_ = call_.workspace(cuda::kernel##_workspace(p, call_.device())); \
+      if (memory_) (p).workspace = memory_->mutable_data_ptr();                               \
+      call_.check(cuda::kernel(p, call_.device()), #kernel);                                  \
+    }                                                                                         \
+  } while (0)
 #define LLMCORE_REGISTER(register_kernels)                            \
   STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { register_kernels(m); } \
   STABLE_TORCH_LIBRARY_IMPL(llmcore, CUDA, m) { register_kernels(m); }
 #else
 #define LLMCORE_RUN(kernel, like, p) (static_cast<void>(like), cpu::kernel(p, torch_parallel()))
+#define LLMCORE_RUN_WITH_WORKSPACE LLMCORE_RUN
 #define LLMCORE_REGISTER(register_kernels) \
   STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { register_kernels(m); }
 #endif

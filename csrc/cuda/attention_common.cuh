@@ -57,41 +57,46 @@ inline int64_t task_bound(const AttentionShape& s, int64_t rows) {
   return s.cu_q ? s.total_q * group / rows + s.batch : s.batch * ceil_div(s.seq_q * group, rows);
 }
 
+// Where block number `place` of packed queries lies, when each sequence has as many blocks of `rows` rows as it takes:
+// in sequence b, from first_row on; false beyond the last. All lanes of a warp must ask together.
+PTX_DEVICE bool find_packed(const AttentionShape& s, int group, int rows, uint32_t place, int& b, int& first_row) {
+  // Each lane counts the blocks of one sequence; a running sum over the lanes says whose range holds `place`.
+  const uint32_t lane = threadIdx.x % 32, batch = static_cast<uint32_t>(s.batch);
+  for (uint32_t first = 0; first < batch; first += 32) {
+    const uint32_t at = first + lane;
+    const uint32_t own = at < batch ? ceil_div((s.cu_q[at + 1] - s.cu_q[at]) * group, rows) : 0;
+    uint32_t sum = own;
+#pragma unroll
+    for (uint32_t d = 1; d < 32; d *= 2) {
+      const uint32_t below = ptx::shfl(sum, (lane - d) % 32);
+      if (lane >= d) sum += below;
+    }
+    const uint32_t all = ptx::shfl(sum, 31);
+    if (place < all) {
+      const uint32_t beyond = ptx::ballot(place < sum);
+      int holder = 0;
+      while (!(beyond >> holder & 1)) ++holder;
+      b = static_cast<int>(first) + holder;
+      first_row = static_cast<int>(place - ptx::shfl(sum - own, holder)) * rows;
+      return true;
+    }
+    place -= all;
+  }
+  return false;
+}
+
 // Task number `index` of num_tasks = task_bound() * kv_heads; false when there are fewer. All lanes of a warp must ask
 // together. The last rows come first: under a causal mask they see the most keys, and a grid ends best on small tasks.
 PTX_DEVICE bool find_task(const AttentionShape& s, int rows, uint32_t index, uint32_t num_tasks, Task& t) {
   const uint32_t kv_heads = static_cast<uint32_t>(s.kv_heads), batch = static_cast<uint32_t>(s.batch);
   t.kv_head = static_cast<int>(index % kv_heads);
   t.group = static_cast<int>(s.heads) / static_cast<int>(s.kv_heads);
-  uint32_t place = num_tasks / kv_heads - 1 - index / kv_heads;  // among the tasks of this head
+  const uint32_t place = num_tasks / kv_heads - 1 - index / kv_heads;  // among the tasks of this head
   if (!s.cu_q) {
     t.b = static_cast<int>(place % batch);
     t.first_row = static_cast<int>(place / batch) * rows;
-  } else {
-    // Each lane counts the tasks of one sequence; a running sum over the lanes says whose range holds `place`.
-    const uint32_t lane = threadIdx.x % 32;
-    uint32_t first = 0;
-    for (first = 0;; first += 32) {
-      if (first >= batch) return false;
-      const uint32_t b = first + lane;
-      const uint32_t own = b < batch ? ceil_div((s.cu_q[b + 1] - s.cu_q[b]) * t.group, rows) : 0;
-      uint32_t sum = own;
-#pragma unroll
-      for (uint32_t d = 1; d < 32; d *= 2) {
-        const uint32_t below = ptx::shfl(sum, (lane - d) % 32);
-        if (lane >= d) sum += below;
-      }
-      const uint32_t all = ptx::shfl(sum, 31);
-      if (place < all) {
-        const uint32_t beyond = ptx::ballot(place < sum);
-        int holder = 0;
-        while (!(beyond >> holder & 1)) ++holder;
-        t.b = static_cast<int>(first) + holder;
-        t.first_row = static_cast<int>(place - ptx::shfl(sum - own, holder)) * rows;
-        break;
-      }
-      place -= all;
-    }
+  } else if (!find_packed(s, t.group, rows, place, t.b, t.first_row)) {
+    return false;
   }
   t.seq = sequence(s, t.b);
   t.num_rows = t.seq.num_q * t.group;

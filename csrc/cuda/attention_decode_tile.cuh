@@ -20,9 +20,9 @@ struct Tile {
   int column_groups;  // a power of 2
   bool latent;        // v is the first columns of k, the same memory: MLA's compressed cache
 };
-// The first that fits a call is taken. Keys and stages are such that an SM of sm_80 (164 KiB of shared memory) holds
-// two CTAs of 16 rows where it can, so that one computes while the other waits, and every tile fits the 163 KiB of a
-// CTA.
+// Head sizes with tiles of 16 and of 64 rows; which one is taken: tile_for(). Keys and stages are such that an SM of
+// sm_80 (164 KiB of shared memory) holds two CTAs of 16 rows where it can, so that one computes while the other waits,
+// and every tile fits the 163 KiB of a CTA.
 constexpr Tile kTiles[] = {
     {64, 64, 16, 64, 3, 1, false},   {64, 64, 64, 64, 3, 1, false},
     {96, 96, 16, 64, 2, 1, false},  // 16-bit caches only: tile_exists()
@@ -52,6 +52,11 @@ struct KeyRow {
 struct KeyScales {
   float k, v;  // what its scores and its probabilities are multiplied with
 };
+// The rows [first, end) of sequence b, whose first query is query0 among all. What is needed in the end waits in shared
+// memory, for accumulators take nearly all registers.
+struct RowTile {
+  int b, query0, first, end;
+};
 struct RowStats {
   float highest, total;  // of the exponents of 2 a row has seen, and the sum of their powers less the highest
 };
@@ -63,7 +68,9 @@ constexpr bool kEightBit = sizeof(C) == 1;
 // multiplied with scale * kRange before it is rounded to 16 bits: it then is about p times the largest value of the
 // row, the same range as if the cache held 16-bit elements.
 template <class C>
-struct EightBit;
+struct EightBit {  // 16 bits: as they are
+  static constexpr float kUnit = 1.f, kRange = 1.f;
+};
 template <>
 struct EightBit<int8_t> {
   static constexpr float kUnit = 1.f, kRange = 128.f;
@@ -102,9 +109,21 @@ struct Layout {
       kScales0 + (kEightBit<C> ? kStages * kTile.keys * static_cast<int>(sizeof(KeyScales)) : 0);
   static constexpr int kExchange = kOwnKeys / 8 * 512;  // a warp's own scores
   static constexpr int kStats0 = kExchange0 + (kTile.column_groups > 1 ? kWarps * kExchange : 0);
-  static constexpr int kBytes = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
-  // CTAs that an SM of sm_80 is to hold: two if they fit. Each takes 1 KiB for the system.
-  static constexpr int kCtas = 2 * (kBytes + 1024) <= 164 * 1024 ? 2 : 1;
+  static constexpr int kRowTile0 = kStats0 + (kKeyGroups > 1 ? kWarps * 16 * static_cast<int>(sizeof(RowStats)) : 0);
+  static constexpr int kBytes = kRowTile0 + static_cast<int>(sizeof(RowTile));
+  // The output passes where the queries were. Rows are shifted against each other by 16 bytes, which takes no register
+  // for addresses; that reaches into the stages, so where key groups meet there, chunks are permuted instead.
+  PTX_DEVICE uint32_t output_at(uint32_t row, uint32_t column) {
+    return kKeyGroups > 1 ? Q::at(row, column / 8) + column % 8 * 2 : row * (2 * kTile.v_head + 16) + 2 * column;
+  }
+
+  // CTAs that a multiprocessor has registers for.
+  static constexpr int kCtas = kThreads > 128 ? 1 : 2;
+  // And shared memory, of which each takes 1 KiB for the system, and one CTA may have all the rest.
+  static constexpr int ctas(int shared_bytes) {
+    const int fit = (shared_bytes + 1024) / (kBytes + 1024);
+    return fit < 1 ? 1 : fit < kCtas ? fit : kCtas;
+  }
 
   static_assert(kBytes <= 163 * 1024, "what a CTA may have");
   static_assert(kOwnKeys % 8 == 0 && kGroupKeys % 16 == 0, "the N of scores and the K of P V");

@@ -12,12 +12,23 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f, kInfin
 
 // What the launcher decides.
 struct Plan {
-  int splits;
-  bool q_vectors, k_vectors, v_vectors;  // rows can be copied 16 bytes at a time
-  int64_t width;                         // of a row of partial sums: v_head_dim to a multiple of 16
-  float* sums;                           // (total_q, heads, splits, width)
-  RowStats* stats;                       // (total_q, heads, splits)
+  int tasks;       // tiles of rows, for each KV head and split
+  int row_tiles;   // of each sequence; 0: as many as each has rows for, which cu_q tells
+  int row_stride;  // to a CTA's next tile
+  int group;       // query heads of a KV head
+  int splits;      // of the keys; with 1 the output is written at once
+  bool q_vectors, k_vectors, v_vectors, out_vectors;  // rows can be moved 16 bytes at a time
+  int64_t width;                                      // of a row of partial sums: v_head_dim to a multiple of 16
+  float* sums;                                        // (total_q, heads, splits, width)
+  RowStats* stats;                                    // (total_q, heads, splits)
 };
+
+// A row's output is its sum times this: 1 / its total, the sink's share included.
+PTX_DEVICE float output_factor(const RowStats& row, float sink) {
+  const float top = fmaxf(row.highest, sink), base = top == -kInfinity ? 0.f : top;  // -inf - -inf would be NaN
+  const float weight = ptx::exp2(row.highest - base), total = row.total * weight + ptx::exp2(sink - base);
+  return total == 0.f ? 0.f : weight / total;
+}
 
 // ---- operands of 8 bits --------------------------------------------------------------------------------------------
 
@@ -46,10 +57,6 @@ PTX_DEVICE uint32_t two_of(f8, uint32_t bytes, int first) {
 // 2t+9. A dot product may take its terms in any order, so q is stored in that of two_of(): place i of 16 holds column
 // key_column(i).
 PTX_DEVICE int key_column(int i) { return i % 8 / 2 * 4 + i % 2 * 2 + i / 8; }
-
-struct RowPlaces {
-  int64_t of[2];  // of a lane's rows in Plan::stats, or -1
-};
 
 // ---- a warp --------------------------------------------------------------------------------------------------------
 
@@ -204,44 +211,15 @@ struct Warp {
     return reinterpret_cast<ptx::Vec16*>(memory + L::kStage0 + of_warp * L::kAccumulator) + n * 32 + lane;
   }
 
-  // Writes 16 columns of the two rows: x is column tiles 2c and 2c + 1.
-  __device__ void write_columns(const Plan& plan, const RowPlaces& place, int c, const float (&x)[2][4]) const {
-    const int column = column_group * L::kColumns + 16 * c;
-    if (column >= plan.width) return;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      if (place.of[row] < 0) continue;
-      float* to = plan.sums + place.of[row] * plan.width + column;
-      const float a = x[0][2 * row], b = x[0][2 * row + 1], d = x[1][2 * row], e = x[1][2 * row + 1];
-      struct alignas(8) Pair {
-        float low, high;
-      };
-      if constexpr (kEightBit<C>) {  // a, b are even columns, d, e odd ones
-        constexpr float kUndo = 1 / (EightBit<C>::kRange * EightBit<C>::kUnit);
-        ptx::store_global_16(to + 4 * (lane % 4),
-                             {ptx::bits(a * kUndo), ptx::bits(d * kUndo), ptx::bits(b * kUndo), ptx::bits(e * kUndo)});
-      } else {
-        reinterpret_cast<Pair*>(to)[lane % 4] = {a, b};
-        reinterpret_cast<Pair*>(to)[4 + lane % 4] = {d, e};
-      }
-    }
-  }
-
-  // Joins the key groups and writes the CTA's partial sums.
-  __device__ void finish(const Plan& plan, const RowPlaces& place) {
+  // Joins the key groups: highest and total become those of all keys, and the accumulators, which go to shared memory,
+  // count with these weights.
+  __device__ void join(float (&weight)[L::kKeyGroups][2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       total[row] += ptx::shfl_xor(total[row], 1);
       total[row] += ptx::shfl_xor(total[row], 2);
     }
-    if constexpr (L::kKeyGroups == 1) {
-#pragma unroll
-      for (int c = 0; c < kColumnTiles / 2; ++c) {
-        const float x[2][4] = {{acc[2 * c][0], acc[2 * c][1], acc[2 * c][2], acc[2 * c][3]},
-                               {acc[2 * c + 1][0], acc[2 * c + 1][1], acc[2 * c + 1][2], acc[2 * c + 1][3]}};
-        write_columns(plan, place, c, x);
-      }
-    } else {
+    if constexpr (L::kKeyGroups > 1) {
       auto* stats = reinterpret_cast<RowStats*>(memory + L::kStats0);
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n)
@@ -251,7 +229,6 @@ struct Warp {
 #pragma unroll
         for (int row = 0; row < 2; ++row) stats[warp * 16 + lane / 4 + 8 * row] = {highest[row], total[row]};
       ptx::syncthreads();
-      float weight[L::kKeyGroups][2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         RowStats of[L::kKeyGroups];
@@ -268,6 +245,33 @@ struct Warp {
           total[row] += of[g].total * weight[g][row];
         }
       }
+    }
+  }
+
+  // f(row, column, Pair) for the warp's share of what has been joined.
+  struct alignas(8) Pair {
+    float low, high;
+  };
+  template <class F>
+  __device__ void for_pairs(const float (&weight)[L::kKeyGroups][2], const F& f) const {
+    const auto columns = [&](int c, const float(&x)[2][4]) {  // 16 of them: column tiles 2c and 2c + 1
+      const int column = column_group * L::kColumns + 16 * c + (kEightBit<C> ? 4 : 2) * (lane % 4);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float a = x[0][2 * row], b = x[0][2 * row + 1], d = x[1][2 * row], e = x[1][2 * row + 1];
+        // of 8 bits: a, b are even columns, d, e odd ones
+        f(row, column, kEightBit<C> ? Pair{a, d} : Pair{a, b});
+        f(row, column + (kEightBit<C> ? 2 : 8), kEightBit<C> ? Pair{b, e} : Pair{d, e});
+      }
+    };
+    if constexpr (L::kKeyGroups == 1) {
+#pragma unroll
+      for (int c = 0; c < kColumnTiles / 2; ++c) {
+        const float x[2][4] = {{acc[2 * c][0], acc[2 * c][1], acc[2 * c][2], acc[2 * c][3]},
+                               {acc[2 * c + 1][0], acc[2 * c + 1][1], acc[2 * c + 1][2], acc[2 * c + 1][3]}};
+        columns(c, x);
+      }
+    } else {
       for (int c = key_group; c < kColumnTiles / 2; c += L::kKeyGroups) {
         float x[2][4] = {};
 #pragma unroll
@@ -278,13 +282,38 @@ struct Warp {
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[n][i] += ptx::from_bits(v.x[i]) * weight[g][i / 2];
           }
-        write_columns(plan, place, c, x);
+        columns(c, x);
       }
     }
+  }
+
+  static constexpr float kUndo = 1 / (EightBit<C>::kRange * EightBit<C>::kUnit);
+
+  // Writes the CTA's partial sums. `place`: of the lane's rows in plan.stats, or -1.
+  __device__ void finish_sums(const Plan& plan, const int64_t (&place)[2]) {
+    float weight[L::kKeyGroups][2];
+    join(weight);
+    for_pairs(weight, [&](int row, int column, const Pair& x) {
+      if (place[row] >= 0 && column < plan.width)
+        *reinterpret_cast<Pair*>(plan.sums + place[row] * plan.width + column) = {x.low * kUndo, x.high * kUndo};
+    });
     if (leads())
 #pragma unroll
       for (int row = 0; row < 2; ++row)
-        if (place.of[row] >= 0) plan.stats[place.of[row]] = {highest[row], total[row]};
+        if (place[row] >= 0) plan.stats[place[row]] = {highest[row], total[row]};
+  }
+
+  // Leaves the output in shared memory, at L::output_at.
+  __device__ void finish_output(const float (&sink)[2]) {
+    float weight[L::kKeyGroups][2];
+    join(weight);
+    float factor[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) factor[row] = output_factor({highest[row], total[row]}, sink[row]) * kUndo;
+    for_pairs(weight, [&](int row, int column, const Pair& x) {
+      const uint32_t at = L::output_at(row_tile * 16 + lane / 4 + 8 * row, column);
+      *reinterpret_cast<uint32_t*>(memory + at) = pack2(T{}, x.low * factor[row], x.high * factor[row]);
+    });
   }
 };
 

@@ -86,6 +86,21 @@ PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return __shfl_sync(kFullMa
 PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return __shfl_xor_sync(kFullMask, x, lane_mask); }
 PTX_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(kFullMask, predicate); }
 
+// ---- between grids: programmatic dependent launch (sm_90; before, a grid starts when the one in front has ended)
+// Where all CTAs of a grid have called this or ended, a grid of launch_dependent() behind it may start. It says nothing
+// of memory.
+PTX_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the grids in front have ended and all that they wrote can be seen.
+PTX_DEVICE void wait_for_grids() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- arithmetic
 PTX_DEVICE float exp2(float x) {
   float y;
@@ -194,6 +209,9 @@ PTX_DEVICE void syncwarp() { simt::syncwarp(kFullMask); }
 PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return simt::shfl(kFullMask, x, from_lane); }
 PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return simt::shfl_xor(kFullMask, x, lane_mask); }
 PTX_DEVICE uint32_t ballot(bool predicate) { return simt::ballot(kFullMask, predicate); }
+
+PTX_DEVICE void launch_dependents() {}
+PTX_DEVICE void wait_for_grids() { simt::wait_for_grids(); }
 
 PTX_DEVICE float exp2(float x) { return x < -126.f ? 0.f : ::exp2f(x); }
 PTX_DEVICE float tanh_approx(float x) { return ::tanhf(x); }

@@ -329,6 +329,9 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield paged("decode, page of 1, head size 59", [3, 9], 3, 3, 59, 1)
     yield paged("decode, page of 7, window", [90, 41], 4, 2, 24, 7, window=20)
     yield paged("decode, MLA", [75], 16, 1, 576, 64, v_dim=512)
+    yield paged("decode, MLA, 128 heads", [40], 128, 1, 576, 16, v_dim=512)
+    yield paged("decode, group of 72", [90], 72, 1, 64, 16, sinks=torch.randn(72, generator=make))
+    yield paged("decode, 1 to 8 queries", [70, 9, 33, 0], 8, 2, 64, 7, queries=[8, 3, 1, 0])
     yield paged("decode, soft cap", [50, 20], 4, 4, 32, 32, softcap=5.0)
     yield paged("decode, int8", [50, 120, 1], 8, 2, 64, 16, cache_dtype=torch.int8)
     yield paged("decode, fp8", [50, 120, 1], 8, 2, 64, 16, cache_dtype=torch.float8_e4m3fn)
@@ -336,8 +339,8 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield paged("prefill in chunks", [64, 30, 100, 5], 8, 2, 32, 16, queries=[64, 10, 1, 0])
     yield paged("prefill, int8, MQA", [70, 40], 4, 1, 48, 16, queries=[70, 33], cache_dtype=torch.int8)
     yield paged("prefill, fp8, MQA", [70, 40], 4, 1, 48, 16, queries=[70, 33], cache_dtype=torch.float8_e4m3fn)
-    yield paged("prefill, float32 cache", [40, 40], 2, 1, 32, 8, queries=[40, 3], cache_dtype=torch.float32)
-    yield paged("prefill, not causal, sinks", [40], 2, 1, 32, 8, queries=[9], causal=False,
+    yield paged("prefill, float32 cache", [70, 40], 2, 1, 32, 8, queries=[70, 3], cache_dtype=torch.float32)
+    yield paged("prefill, not causal, sinks", [90], 2, 1, 32, 8, queries=[70], causal=False,
                 sinks=torch.randn(2, generator=make))  # fmt: skip
     yield paged("no sequences", [], 2, 1, 8, 4)
 

@@ -81,6 +81,15 @@ def samples():
         yield paged(f"MLA, v in k, {cache}, 64 heads", [40], 64, 1, 576, 16, v_dim=512, latent=True, cache=cache)
         yield paged(f"MLA, {cache}", [40], 16, 1, 576, 16, v_dim=512, cache=cache)
         yield paged(f"MLA, {cache}, 64 heads", [40], 64, 1, 576, 16, v_dim=512, cache=cache)
+    # More rows than a tile has: as many tiles as it takes.
+    yield paged("MLA, v in k, 128 heads", [70], 128, 1, 576, 16, v_dim=512, latent=True)
+    yield paged("MLA, v in k, 128 heads, one split", [30], 128, 1, 576, 16, v_dim=512, latent=True, sinks=True)
+    yield paged("MLA, v in k, int8, 128 heads", [40], 128, 1, 576, 16, v_dim=512, latent=True, cache=i8)
+    yield paged("MLA, 128 heads", [40], 128, 1, 576, 7, v_dim=512)
+    yield paged("MLA, v in k, 20 heads, chunks", [50, 40], 20, 1, 576, 16, v_dim=512, latent=True, queries=[6, 1])
+    yield paged("GQA 128:1", [150], 128, 1, 128, 16, sinks=True)
+    yield paged("GQA 128:1, int8, window", [150], 128, 1, 128, 5, cache=i8, window=70)
+    yield paged("GQA 72:1, 2 KV heads", [80], 144, 2, 64, 16)
     yield paged("GQA 8:1, uneven lengths", [1, 200, 0, 65], 16, 2, 128, 16)
     yield paged("many splits", [700], 8, 1, 128, 16, dtype=f16)
     yield paged("short sequence, long table", [70, 600, 1], 4, 1, 64, 16, sinks=True)
@@ -105,6 +114,20 @@ def samples():
                 f"{dtype} over {cache}, unaligned", [70], 4, 1, 60, 16, dtype=dtype, cache=cache, spare_columns=3
             )
     yield paged("cu_seqlens", [40, 90, 7], 8, 2, 64, 16, queries=[1, 1, 1])
+    # Several queries for each sequence: which tile is whose is found on the device.
+    yield paged("two to eight queries", [40, 90, 7, 65], 8, 2, 64, 16, queries=[8, 2, 3, 5])
+    yield paged("a chunk and single queries", [90, 33, 20], 8, 1, 64, 7, queries=[17, 1, 1], sinks=True)
+    yield paged("chunks, window, int8", [90, 33], 8, 2, 64, 16, queries=[9, 4], window=20, cache=i8)
+    yield paged("chunks, not causal", [90, 33], 8, 2, 64, 16, queries=[9, 4], causal=False)
+    yield paged("more than 32 sequences", [3, 9] * 18, 4, 1, 64, 4, queries=[0, 1, 3, 4] * 9)
+    # All keys in one split: no partial sums.
+    yield paged("one split", [16, 1, 0, 9], 8, 2, 64, 8, sinks=True)
+    yield paged("one split, many sequences", [150, 1, 0, 70, 3, 65, 64, 40], 4, 1, 64, 16)
+    yield paged("one split, odd columns", [16, 9], 8, 2, 64, 8, v_dim=59)
+    yield paged("one split, int8", [16, 9], 8, 2, 128, 8, cache=i8, dtype=f16)
+    yield paged("one split, int8, odd columns", [16, 9], 8, 2, 111, 8, v_dim=77, cache=i8)
+    yield paged("one split, wide v", [16, 9], 40, 1, 256, 8, v_dim=250)
+    yield paged("one split, chunks", [16, 9], 8, 2, 64, 8, queries=[5, 3], sinks=True)
     # As many rows as sequences, though not one each: the decode kernel cannot know, and must still be right.
     yield paged("cu_seqlens, uneven", [40, 90, 7, 2, 5], 8, 1, 64, 16, queries=[0, 4, 1, 0, 0])
     yield paged("more queries than keys", [3, 0, 0, 0], 8, 1, 64, 16, queries=[4, 0, 0, 0], sinks=True)

@@ -26,11 +26,23 @@ def test_attention(small_card, dim, v_dim):
         check_sample(registry["attention"], sample)
 
 
-@pytest.mark.parametrize(("heads", "dim", "v_dim"), [(8, 128, 128), (40, 256, 256), (16, 576, 512), (40, 576, 512)])
-def test_decode(small_card, heads, dim, v_dim):
+@pytest.mark.parametrize(
+    ("heads", "dim", "v_dim", "latent"),
+    [
+        (8, 128, 128, False),
+        (40, 256, 256, False),
+        (16, 576, 512, False),
+        (40, 576, 512, False),
+        (16, 576, 512, True),
+        (128, 576, 512, True),
+    ],
+)
+def test_decode(small_card, heads, dim, v_dim, latent):
     make = torch.Generator().manual_seed(0)
     q = torch.randn(2, heads, dim, generator=make).bfloat16()
     k, v = (torch.randn(8, 16, 1, d, generator=make).bfloat16() for d in (dim, v_dim))
+    if latent:
+        v = k[..., :v_dim]
     table, lengths = torch.randperm(8, generator=make).view(2, 4).int(), torch.tensor([50, 17], dtype=torch.int32)
     with llmcore.backend("kernel"):
         check_sample(registry["paged_attention"], Sample(f"{dim}/{v_dim}", (q, k, v, table, lengths)))

@@ -9,6 +9,7 @@ struct Device {
   void* stream;         // cudaStream_t
   int multiprocessors;  // of the device, to size grids
   int shared_bytes;     // of shared memory that a CTA may have: 99 KiB on some, 163 on sm_80, 227 on sm_90
+  int index = 0;        // the device's number
 };
 
 // Null, or what went wrong, as the CUDA runtime words it. Launchers queue work on the device's stream and return: they

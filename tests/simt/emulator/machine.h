@@ -41,6 +41,7 @@ struct Thread {
   State state = State::ready;
   const char* waits_at = "";  // for the deadlock report
   int waits_for = 0;
+  bool waited_for_grids = false;
   Dim3 index;
   unsigned linear = 0, lane = 0;
   Warp* warp = nullptr;

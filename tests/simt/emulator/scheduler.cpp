@@ -14,6 +14,7 @@ struct Machine {
   Options options;
   Counters counters;
   Dim3 grid, block;
+  bool dependent = false;  // the grid may start before the one in front of it has ended
   const std::function<void()>* body = nullptr;
   Cta* cta = nullptr;
   Thread* current = nullptr;
@@ -103,6 +104,8 @@ void thread_main() {
   Thread& self = *machine.current;
   finish_copies(self);
   check_not_awaited(self);
+  if (machine.dependent && !self.waited_for_grids)
+    fail("ended without griddepcontrol.wait, in a grid that may start before the one in front of it has ended");
   race::release(&machine.ended);
   self.state = Thread::State::done;
   self.warp->ready &= ~(1u << self.lane);
@@ -276,7 +279,9 @@ void maybe_preempt() {
   if (machine.options.schedule == Schedule::random && random_bits() % 8 == 0) reschedule(*machine.current);
 }
 
-void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+void wait_for_grids() { machine.current->waited_for_grids = true; }
+
+void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, bool dependent) {
   if (machine.cta) throw Error("a kernel launches a kernel");
   if (block.count() == 0 || block.count() > 1024 || grid.count() == 0 || grid.y > 65535 || grid.z > 65535)
     throw Error("invalid configuration: grid (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
@@ -285,6 +290,7 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
     throw Error(std::to_string(shared_bytes) + " bytes of shared memory; this device has " + std::to_string(most));
   machine.grid = grid;
   machine.block = block;
+  machine.dependent = dependent;
   machine.body = &body;
   machine.places_taken = 0;
   machine.random_state = machine.options.seed * 0x9e3779b97f4a7c15ull | 1;

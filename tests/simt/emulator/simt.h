@@ -57,8 +57,10 @@ struct Error : std::runtime_error {
 
 // ---- launching -----------------------------------------------------------------------------------------------------
 
-// Runs body() as every thread of the grid. Throws Error.
-void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// Runs body() as every thread of the grid. Throws Error. `dependent`: a GPU may start the grid before the one in front
+// of it has ended. The emulator does not, but every thread must call wait_for_grids().
+void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, bool dependent = false);
+void wait_for_grids();  // griddepcontrol.wait
 
 // The running thread's coordinates (threadIdx and kin).
 const Dim3& thread_index();

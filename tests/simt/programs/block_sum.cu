@@ -17,6 +17,7 @@ enum class Bug {
   different_shuffles,
   shuffle_with_ended_lanes,
   plain_add_across_ctas,
+  no_wait_for_grids,
 };
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kCtas = 2, kRows = 5, kDim = 300;
@@ -75,8 +76,11 @@ Outcome run() {
   }
   results[kRows * kWarps] = 0;
   const SumParams p{x.data(), results.data(), results.data() + kRows * kWarps};
-  return compare(finished(llmcore::cuda::launch(block_sum<kBug>, {kCtas}, kThreads, kWarps * 4, kDevice, p)), results,
-                 expected);
+  const auto launch = [&](auto... args) {
+    return kBug == Bug::no_wait_for_grids ? llmcore::cuda::launch_dependent(block_sum<kBug>, args...)
+                                          : llmcore::cuda::launch(block_sum<kBug>, args...);
+  };
+  return compare(finished(launch(llmcore::cuda::Grid{kCtas}, kThreads, kWarps * 4, kDevice, p)), results, expected);
 }
 
 }  // namespace
@@ -101,6 +105,8 @@ std::vector<Planted> planted_in_block_sum() {
       {"block_sum/different_shuffles", run<Bug::different_shuffles>, error, error, false, false, "divergence: lane"},
       {"block_sum/shuffle_with_ended_lanes", run<Bug::shuffle_with_ended_lanes>, error, error, false, false, "ended"},
       {"block_sum/plain_add_across_ctas", run<Bug::plain_add_across_ctas>, right, right, true, true},
+      {"block_sum/no_wait_for_grids", run<Bug::no_wait_for_grids>, error, error, false, false,
+       "ended without griddepcontrol.wait"},
   };
 }
 #endif

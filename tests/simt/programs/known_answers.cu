@@ -183,6 +183,30 @@ __global__ void red_add_kernel(Words w) {  // words 0 to 3, which one thread zer
 }
 Outcome red_add() { return run(red_add_kernel, 64, {}, words_of({480.f, 496.f, 512.f, 528.f})); }
 
+// ---- between grids
+// ---------------------------------------------------------------------------------------------------
+
+__global__ void first_grid_kernel(Words w) {
+  ptx::launch_dependents();
+  w.out[threadIdx.x] = w.in[threadIdx.x] + 1;
+}
+__global__ void second_grid_kernel(Words w) {  // adds to what the first has written
+  ptx::wait_for_grids();
+  w.out[threadIdx.x] += w.in[threadIdx.x];
+}
+Outcome dependent_launch() {
+  constexpr int kWords = 64;
+  Array<uint32_t> in(kWords), out(kWords);
+  std::vector<uint32_t> expected;
+  for (uint32_t i = 0; i < kWords; ++i) in[i] = i * i, expected.push_back(2 * i * i + 1);
+  llmcore::cuda::Device device{};
+  llmcore::cuda::Status status = llmcore::cuda::describe(0, device);
+  const Words words{in.data(), out.data()};
+  if (!status) status = llmcore::cuda::launch(first_grid_kernel, {}, kWords, 0, device, words);
+  if (!status) status = llmcore::cuda::launch_dependent(second_grid_kernel, {}, kWords, 0, device, words);
+  return compare(finished(status), out, expected);
+}
+
 // ---- tensor cores
 // -----------------------------------------------------------------------------------------------------
 
@@ -413,6 +437,7 @@ std::vector<Correct> known_answers() {
       {"permute_bytes", permute_bytes},
       {"product", product},
       {"red_add", red_add},
+      {"dependent_launch", dependent_launch},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
       {"mma_bf16", mma<bf16>},
