@@ -273,7 +273,7 @@ __device__ uint64_t winner(const SampleParams& p, const Row<T, Width>& row, cons
 }
 
 template <class T, int Width>
-__global__ void __launch_bounds__(kThreads) sample_row(SampleParams p) {
+__global__ void __launch_bounds__(kThreads, 1) sample_row(SampleParams p) {
   PTX_SHARED_MEMORY(shared);
   Histogram& h = *reinterpret_cast<Histogram*>(shared);
   const int64_t r = blockIdx.x;

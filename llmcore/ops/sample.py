@@ -109,6 +109,19 @@ def apply_penalties_(
     return torch.ops.llmcore.apply_penalties_(logits, tokens, prompt_lens, *settings)
 
 
+def sampling_probabilities(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+) -> Tensor:
+    """The distribution that `sample` draws from: (rows, vocab) float64, each row summing to 1. In plain torch on every
+    device; arguments and errors are those of `sample`."""
+    return reference.sampling_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
 # What a plain number may be: it is looked at here, since on a CUDA device nobody looks at tensors.
 _RANGES = {
     "temperature": (lambda x: 0 <= x < float("inf"), "0 (greedy) or above"),
