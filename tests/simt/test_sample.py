@@ -1,4 +1,4 @@
-"""The CUDA kernels of sampling on the emulator, beyond the registry's samples: bit for bit what the CPU kernel gives."""
+"""The CUDA kernels of sampling on the emulator, beyond the registry's samples: bit for bit the CPU kernel's results."""
 
 from __future__ import annotations
 
