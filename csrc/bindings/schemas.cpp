@@ -65,4 +65,10 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "kv_cache_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
       "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()");
+  m.def(
+      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
+      "Tensor positions) -> (Tensor tokens, Tensor logprobs)");
+  m.def(
+      "apply_penalties_(Tensor(a!) logits, Tensor tokens, Tensor prompt_lens, Tensor repetition, Tensor presence, "
+      "Tensor frequency) -> ()");
 }

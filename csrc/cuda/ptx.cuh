@@ -71,6 +71,15 @@ PTX_DEVICE void store_global_16(void* p, const Vec16& v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3])
                : "memory");
 }
+// Of shared memory, by any threads of a CTA in any order. shared_add gives what was there before.
+PTX_DEVICE uint32_t shared_add(uint32_t* p, uint32_t x) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(p)), "r"(x) : "memory");
+  return before;
+}
+PTX_DEVICE void shared_or(uint32_t* p, uint32_t x) {
+  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(shared_address(p)), "r"(x) : "memory");
+}
 PTX_DEVICE void red_add(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
 
 // ---- synchronisation and exchange
@@ -200,6 +209,15 @@ PTX_DEVICE uint32_t shared_address(const void* p) { return simt::shared_address(
 PTX_DEVICE Vec16 load_global_16(const void* p) { return *simt::aligned<const Vec16>(p); }
 PTX_DEVICE Vec16 load_cached_16(const void* p) { return *simt::aligned<const Vec16>(p); }
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
+// Atomic to ThreadSanitizer too: plain accesses without a barrier between are races.
+PTX_DEVICE uint32_t shared_add(uint32_t* p, uint32_t x) {
+  simt::shared_address(p);
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
+}
+PTX_DEVICE void shared_or(uint32_t* p, uint32_t x) {
+  simt::shared_address(p);
+  __atomic_fetch_or(p, x, __ATOMIC_RELAXED);
+}
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
 
 PTX_DEVICE void syncthreads() { simt::barrier_sync(0, 0); }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
-from llmcore.inference.sampling import check_sampling, draw, probabilities
+from llmcore.inference.sampling import check_sampling, draw
 from llmcore.models import ModelConfig, Transformer
 
 
@@ -36,9 +36,10 @@ def generate(
         model: runs in evaluation mode, in its own dtype and on its own device.
         prompts: token ids, at least one per prompt; a (batch, seq) tensor will do.
         max_tokens: the most new tokens per prompt.
-        temperature, top_k, top_p, min_p: see `llmcore.inference.sampling.probabilities`; temperature 0 is greedy.
-        seed: one seed per prompt, or one number s that stands for s, s + 1, ...; None draws it. Each prompt has a
-            random stream of its own, so what it gets does not depend on the prompts beside it.
+        temperature, top_k, top_p, min_p: see `llmcore.ops.sample`; temperature 0 is greedy.
+        seed: one seed per prompt, or one number s that stands for s, s + 1, ...; None draws it. A token's noise is a
+            function of its prompt's seed and its place in the sequence, on every device, so what a prompt gets does
+            not depend on the prompts beside it.
         stop_ids: a sequence ends with the first of these that it draws.
         on_token: called as on_token(prompt_index, token) for each new token.
 
@@ -49,6 +50,7 @@ def generate(
         ValueError: for an empty prompt, a token id outside the vocabulary, a setting out of its range, or a prompt
             that with max_tokens is longer than the model's max_positions.
         TypeError: for a prompt that is no sequence of integers.
+        RuntimeError: when a row of the model's logits holds NaN or +inf.
     """
     check_sampling(temperature, top_k, top_p, min_p)
     if not isinstance(max_tokens, Integral) or max_tokens < 1:
@@ -56,7 +58,8 @@ def generate(
     inputs = _token_ids(prompts, max_tokens, model.config)
     if not inputs:
         return []
-    generators = _generators(seed, len(inputs))
+    seeds = _seeds(seed, len(inputs))
+    lengths = [len(prompt) for prompt in inputs]
     weight = model.lm_head_weight
     num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in inputs]
     cache = PagedKVCache(model.config, sum(num_blocks), dtype=weight.dtype, device=weight.device)
@@ -71,9 +74,12 @@ def generate(
                 logits = _last_logits(model, cache, running, inputs)
             else:
                 logits = graphs.logits(running, [tokens[-1] for tokens in inputs])
-            probs = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-            uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in running])
-            for index, token in zip(running, draw(probs, uniform.to(probs.device)).tolist()):
+            positions = [lengths[index] + len(outputs[index]) for index in running]
+            tokens = draw(
+                logits, [seeds[index] for index in running], positions,
+                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            )  # fmt: skip
+            for index, token in zip(running, tokens):
                 outputs[index].append(token)
                 if on_token is not None:
                     on_token(index, token)
@@ -109,16 +115,16 @@ def _token_ids(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelC
     return ids
 
 
-def _generators(seed: int | Sequence[int] | None, count: int) -> list[torch.Generator]:
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    seeds = list(seed) if isinstance(seed, Iterable) else range(seed, seed + count)
+    seeds = [int(s) for s in seed] if isinstance(seed, Iterable) else list(range(seed, seed + count))
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} entries; accepted: one per prompt, {count}")
     for s in seeds:
         if not -(2**63) <= s < 2**64:
             raise ValueError(f"seed is {s}; accepted: -2**63 to 2**64 - 1")
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    return seeds
 
 
 class _DecodeGraphs:

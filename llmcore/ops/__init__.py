@@ -14,12 +14,14 @@ from llmcore.ops.moe_route import moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
+from llmcore.ops.sample import apply_penalties_, sample, sampling_probabilities
 
 __all__ = [
     "BackendFallbackWarning",
     "BlockMask",
     "OpSpec",
     "Sample",
+    "apply_penalties_",
     "attention",
     "backend",
     "dyt",
@@ -38,6 +40,8 @@ __all__ = [
     "rope",
     "rope_",
     "rope_tables",
+    "sample",
+    "sampling_probabilities",
     "support",
     "swiglu",
 ]

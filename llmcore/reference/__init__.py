@@ -11,9 +11,11 @@ from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, moe_combine, moe_dispatch, moe_route
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.rope import rope, rope_
+from llmcore.reference.sampling import apply_penalties_, sample, sampling_probabilities
 
 __all__ = [
     "LARGEST_ELEMENT",
+    "apply_penalties_",
     "attention",
     "dyt",
     "geglu",
@@ -29,5 +31,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_",
+    "sample",
+    "sampling_probabilities",
     "swiglu",
 ]

@@ -1,10 +1,11 @@
-"""The distribution that tokens come from, and the drawing."""
+"""The distribution that tokens come from; the drawing is tested in tests/ops/test_sample.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from llmcore import ops
 from llmcore.inference.sampling import draw, probabilities
 
 P = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
@@ -86,28 +87,29 @@ def test_masked_tokens_have_no_probability():
     assert p.tolist() == [[0, 0.5, 0, 0.5]]
 
 
-def test_draw_inverts_the_distribution():
-    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
-    for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (1 - 2**-53, 4)):
-        assert draw(p, torch.tensor([u], dtype=torch.float64)).tolist() == [token]
+def test_draw_takes_seeds_of_64_bits():
+    logits = torch.zeros(3, 1000)
+    seeds = [2**64 - 5, -5, 2**63]
+    tokens = draw(logits, seeds, [1, 1, 1])
+    assert tokens[0] == tokens[1] != tokens[2]
+    expected, _ = ops.sample(logits, seeds=torch.tensor([-5, -5, -(2**63)]), positions=1)
+    assert tokens == expected.tolist()
 
 
-def test_draw_follows_the_distribution():
-    """Frequencies of 100,000 draws by a chi-squared test (4 degrees of freedom, 99.99 %)."""
-    uniform = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(draw(P.expand(100_000, -1), uniform), minlength=5)
-    expected = P[0] * 100_000
-    assert ((counts - expected) ** 2 / expected).sum() < 23.5
+def test_draw_applies_its_settings():
+    logits = P.log().expand(200, -1)
+    tokens = draw(logits, range(200), [0] * 200, top_k=3)
+    assert set(tokens) == {1, 3, 4}
+    assert set(draw(logits, range(200), [0] * 200, temperature=0)) == {1}
+    assert set(draw(logits, range(200), [0] * 200, top_p=0.5)) == {1, 3}
+    assert set(draw(logits, range(200), [0] * 200, min_p=0.3)) == {1, 3, 4}
 
 
-def test_draw_never_takes_a_token_of_no_probability():
-    generator = torch.Generator().manual_seed(0)
-    p = torch.rand(200, 300, dtype=torch.float64, generator=generator)
-    p = torch.where(p < 0.9, 0, p)
-    p /= p.sum(-1, keepdim=True)
-    edge = torch.full((200,), 1 - 2**-53, dtype=torch.float64)
-    for uniform in (torch.zeros(200, dtype=torch.float64), edge):
-        assert (p.gather(1, draw(p, uniform)[:, None]) > 0).all()
+def test_draw_raises_where_the_op_does_not_look(monkeypatch):
+    """On a GPU the op marks a bad row by token -1."""
+    monkeypatch.setattr(ops, "sample", lambda logits, **_: (torch.tensor([4, -1]), None))
+    with pytest.raises(RuntimeError, match=r"logits of row 1 hold NaN or \+inf, or are all -inf"):
+        draw(torch.zeros(2, 5), [0, 1], [0, 0])
 
 
 @pytest.mark.parametrize(
@@ -133,5 +135,6 @@ def test_refuses_logits_that_are_no_distribution(bad, temperature):
     logits = torch.zeros(3, 4)
     logits[1] = float("-inf")
     logits[1, 2] = float(bad)
-    with pytest.raises(ValueError, match=f"logits of row 1 have the maximum {bad}; accepted: a finite one"):
-        probabilities(logits, temperature=temperature)
+    for function in (probabilities, lambda x, **settings: draw(x, [1, 2, 3], [0, 0, 0], **settings)):
+        with pytest.raises(RuntimeError, match=r"logits of row 1 hold NaN or \+inf, or are all -inf"):
+            function(logits, temperature=temperature)

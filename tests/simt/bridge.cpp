@@ -16,6 +16,7 @@
 #include "llmcore/moe_route.h"
 #include "llmcore/norm.h"
 #include "llmcore/rope.h"
+#include "llmcore/sample.h"
 
 namespace llmcore {
 namespace cpu {
@@ -66,6 +67,8 @@ WITHOUT_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
 ON_THE_EMULATOR(rms_norm_forward, NormParams)
 ON_THE_EMULATOR(rms_norm_backward, NormBackwardParams)
 ON_THE_EMULATOR(rope, RopeParams)
+ON_THE_EMULATOR(sample, SampleParams)
+ON_THE_EMULATOR(apply_penalties, ApplyPenaltiesParams)
 
 // Attention in float32 has no CUDA kernel.
 void attention_forward(const AttentionParams& p, const Parallel& par) {

@@ -89,6 +89,32 @@ Outcome ballot() {
   return run(ballot_kernel, 64, in, expected);
 }
 
+// ---- atomic operations on shared memory
+// ---------------------------------------------------------------------------
+
+// Thread t adds 1 to counter t % 4 and ticks off the number that it found there; each number is found once.
+__global__ void shared_atomics_kernel(Words w) {
+  PTX_SHARED_MEMORY(memory);
+  uint32_t* counters = reinterpret_cast<uint32_t*>(memory);
+  const uint32_t thread = threadIdx.x;
+  if (thread < 5) counters[thread] = w.in[thread];
+  ptx::syncthreads();
+  const uint32_t before = ptx::shared_add(&counters[thread % 4], 1);
+  ptx::shared_or(&counters[4], 1u << thread % 32 / 2 * 2);
+  w.out[thread % 4 * 16 + (before - w.in[thread % 4]) % 16] = before;
+  ptx::syncthreads();
+  if (thread < 5) w.out[64 + thread] = counters[thread];
+}
+Outcome shared_atomics() {
+  const std::vector<uint32_t> in = {5, 100, 0xfffffff8u, 0, 0x80000000u};  // one wraps around
+  std::vector<uint32_t> expected;
+  for (uint32_t counter = 0; counter < 4; ++counter)
+    for (uint32_t i = 0; i < 16; ++i) expected.push_back(in[counter] + i);
+  for (uint32_t counter = 0; counter < 4; ++counter) expected.push_back(in[counter] + 16);
+  expected.push_back(0xd5555555u);
+  return run(shared_atomics_kernel, 64, in, expected);
+}
+
 // ---- barriers
 // --------------------------------------------------------------------------------------------------------
 
@@ -429,6 +455,7 @@ std::vector<Correct> known_answers() {
       {"shfl", shfl},
       {"shfl_xor", shfl_xor},
       {"ballot", ballot},
+      {"shared_atomics", shared_atomics},
       {"named_barriers", named_barriers},
       {"syncwarp", syncwarp},
       {"copy_async", copy_async},
