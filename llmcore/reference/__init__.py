@@ -10,12 +10,15 @@ from llmcore.reference.kv_cache import kv_cache_write
 from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, moe_combine, moe_dispatch, moe_route
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
+from llmcore.reference.optim import adamw_, global_norm
 from llmcore.reference.rope import rope, rope_
 
 __all__ = [
+    "adamw_",
     "attention",
     "dyt",
     "geglu",
+    "global_norm",
     "grouped_gemm",
     "kv_cache_write",
     "layer_norm",
