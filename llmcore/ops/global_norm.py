@@ -57,7 +57,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
-    yield Sample("16x 1024x2048", (list(torch.randn(16, 1024, 2048).to(device, dtype)),))
+    yield Sample("64x 512x1024", (list(torch.randn(64, 512, 1024).to(device, dtype)),))
 
 
 def _peer(tensors: Sequence[Tensor]) -> Tensor:
