@@ -62,7 +62,8 @@ def adamw_(
         )  # fmt: skip
     lr_tensor, lr = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
     lists = [list(tensors) for tensors in (weights, masters, grads, exp_avgs, exp_avg_sqs, steps)]
-    torch.ops.llmcore.adamw_(*lists, norm, lr_tensor, lr, *numbers)
+    with torch.no_grad():
+        torch.ops.llmcore.adamw_(*lists, norm, lr_tensor, lr, *numbers)
     if not torch.compiler.is_compiling() and not weights[0].is_inference():
         torch.autograd.graph.increment_version(lists[0])  # who saved one for a backward pass must learn that it changed
 
@@ -171,7 +172,7 @@ register(
             "any number of tensors",
             "float32 masters",
             "clipping and lr on the device",
-            "no wait for the device",
+            "no host wait",
         ),
         benchmarks=_benchmarks,
         peer=_on_copies(_peer),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -37,6 +37,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 @register_fake("global_norm")
 def _(tensors):
     return tensors[0].new_empty((), dtype=torch.float32)
+
+
+refuse_gradient("global_norm")
 
 
 def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:

@@ -144,6 +144,21 @@ def test_autograd_learns_that_a_weight_changed():
         y.backward()
 
 
+def test_parameters_are_updated_in_grad_mode_and_stay_leaves():
+    lists = call(torch.float32, torch.float32)
+    lists["weights"] = [torch.nn.Parameter(w) for w in lists["weights"]]
+    before = lists["weights"][0].detach().clone()
+    adamw_(*lists.values(), **NUMBERS)
+    assert lists["weights"][0].is_leaf
+    assert not torch.equal(lists["weights"][0], before)
+
+
+def test_a_norm_refuses_its_gradient():
+    norm = global_norm([torch.ones(5, requires_grad=True), torch.ones(3)])
+    with pytest.raises(NotImplementedError, match="global_norm has no gradient"):
+        norm.backward()
+
+
 def changed(key: str, i: int, value) -> dict[str, list[torch.Tensor]]:
     lists = call(torch.bfloat16, torch.float32)
     lists[key] = [*lists[key][:i], value(lists[key][i]), *lists[key][i + 1 :]]
