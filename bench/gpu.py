@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the installed llmcore
 
 import llmcore
+from bench import optimizer
 from bench.cases import AGREE, PEER_AGREE, Case
 from bench.gpu_cases import benchmarks
 from llmcore.ops import OpSpec, Sample, registry, support
@@ -280,7 +281,17 @@ def main() -> None:
     limits = ceilings(options.rounds)
     info = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     print(info, *(f"{k} {v:.1f}" for k, v in limits.items()), sep="  ", flush=True)
-    rows = []
+    rows: list[dict] = []
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        print(describe(row, limits), flush=True)
+        if options.json:  # after every row: a run that is cut short keeps what it measured
+            result = {"machine": info, "ceilings": limits, "results": rows}
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    if options.only in "optimizer":
+        add(optimizer.measure(options.rounds, lambda step: microseconds(lambda _: step(), [Sample("", ())])))
     for spec, dtype in served():
         if options.only not in spec.name or dtype != torch.bfloat16:
             continue  # float16 is as fast, float32 as fast per byte
@@ -289,11 +300,7 @@ def main() -> None:
                 if time.monotonic() - began > options.seconds:
                     print(f"out of time: {spec.name} and what follows were not measured")
                     return
-                rows.append(measure(spec, sample, dtype, backward, options.rounds))
-                print(describe(rows[-1], limits), flush=True)
-                if options.json:  # after every row: a run that is cut short keeps what it measured
-                    result = {"machine": info, "ceilings": limits, "results": rows}
-                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+                add(measure(spec, sample, dtype, backward, options.rounds))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "layer_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("global_norm(Tensor[] tensors) -> Tensor");
+  // masters: empty where the weights are float32; lr_tensor replaces lr; max_norm: 0 = no clipping
+  m.def(
+      "adamw_(Tensor(a!)[] weights, Tensor(b!)[] masters, Tensor[] grads, Tensor(c!)[] exp_avgs, "
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor? norm, Tensor? lr_tensor, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay, float divisor, float max_norm) -> ()");
   m.def("dyt(Tensor x, Tensor alpha, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "dyt_backward(Tensor dy, Tensor x, Tensor alpha, Tensor weight, bool has_bias) -> "

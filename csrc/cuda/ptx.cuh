@@ -26,6 +26,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 #define PTX_DEVICE static inline
 #define PTX_SHARED_MEMORY(name) uint8_t* name = simt::shared_memory()

@@ -1,9 +1,11 @@
 """The public ops. Each has a CPU kernel (and a CUDA kernel where one is built), autograd, a fake kernel for
 torch.compile, and a pure-torch reference of the same signature in `llmcore.reference`."""
 
+from llmcore.ops.adamw import adamw_
 from llmcore.ops.attention import attention, paged_attention
 from llmcore.ops.block_mask import BlockMask
 from llmcore.ops.dyt import dyt
+from llmcore.ops.global_norm import global_norm
 from llmcore.ops.glu import geglu, swiglu
 from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.kv_cache_write import kv_cache_write
@@ -21,12 +23,14 @@ __all__ = [
     "BlockMask",
     "OpSpec",
     "Sample",
+    "adamw_",
     "apply_penalties_",
     "attention",
     "backend",
     "dyt",
     "explain",
     "geglu",
+    "global_norm",
     "grouped_gemm",
     "kv_cache_write",
     "layer_norm",

@@ -118,7 +118,8 @@ def register_fake(name: str) -> Callable:
     def decorate(fake: Callable) -> Callable:
         @functools.wraps(fake)
         def checked(*args, **kwargs):
-            devices = {str(a.device) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+            devices = {str(a.device) for a in leaves if isinstance(a, Tensor)}
             if len(devices) > 1:
                 raise RuntimeError(f"{name}: tensors are on {', '.join(sorted(devices))}; all must be on one device")
             return fake(*args, **kwargs)

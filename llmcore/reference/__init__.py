@@ -10,15 +10,18 @@ from llmcore.reference.kv_cache import LARGEST_ELEMENT, kv_cache_write, quantise
 from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, moe_combine, moe_dispatch, moe_route
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
+from llmcore.reference.optim import adamw_, global_norm
 from llmcore.reference.rope import rope, rope_
 from llmcore.reference.sampling import apply_penalties_, sample, sampling_probabilities
 
 __all__ = [
     "LARGEST_ELEMENT",
+    "adamw_",
     "apply_penalties_",
     "attention",
     "dyt",
     "geglu",
+    "global_norm",
     "grouped_gemm",
     "kv_cache_write",
     "layer_norm",

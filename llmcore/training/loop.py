@@ -228,13 +228,13 @@ class Trainer:
             tokens += batch.tokens.numel()
         if not targets:
             raise ValueError(f"step {self.step + 1}: its {self.config.accumulation} batches hold no target token")
-        means = mean_metrics(metrics, targets)
-        norm = self.optimizer.gradient_norm(targets)
+        gradient_norm = self.optimizer.gradient_norm(targets)  # first, so that there is one wait for all numbers
+        means, norm = mean_metrics(metrics, targets), float(gradient_norm)
         if not math.isfinite(norm) or not all(math.isfinite(v) for v in means.values()):
             self.optimizer.zero_grad()
             values = f"loss {means['nll']:g}, gradient norm {norm:g}"
             raise NonFiniteError(self._stopped(self.step + 1, f"the loss or the gradient is not finite ({values})"))
-        self.optimizer.step(lr, norm)
+        self.optimizer.step(lr, gradient_norm)
         self.step += 1
         self.tokens += tokens
         result = {"loss": means.pop("nll"), **means, "lr": lr, "grad_norm": norm}

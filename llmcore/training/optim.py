@@ -2,6 +2,10 @@
 
 The optimizer owns what the update needs in fp32: a master copy of every weight the model holds in a narrower dtype
 (an fp32 weight is its own master), the accumulated gradient and the moments. The model only ever computes.
+
+Scaling, clipping, the AdamW update and the rounding to the model's dtype are one pass of ``ops.adamw_`` over memory,
+for all parameters at once. Parameters and gradients stay tensors of their own: autograd hands out gradients one by one,
+and to gather them in a flat buffer would be one more pass, and would hide which parameter got none.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw  # the function: the class loads torch._dynamo, which takes seconds
+
+from llmcore import ops
+from llmcore.ops.registry import HALVES
 
 # Tables with one row per token id or position: a row is looked up (or matched) on its own, so the matrix is no linear
 # map between features and Muon's orthogonal update has no meaning for it.
@@ -68,6 +74,10 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], kind: str) -> dic
     return groups
 
 
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)  # without gaps, whatever `like` has
+
+
 def newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix to ``gradient`` (..., m, n), by a quintic Newton-Schulz iteration.
 
@@ -114,8 +124,7 @@ class Optimizer:
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
         self.masters = {
-            n: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for n, p in self.parameters.items()
+            n: p if p.dtype == torch.float32 else p.detach().float().contiguous() for n, p in self.parameters.items()
         }
         groups = parameter_groups(self.parameters.items(), config.kind)
         self.muon = {n: torch.zeros_like(self.masters[n], requires_grad=False) for n in groups["muon"]}
@@ -124,86 +133,108 @@ class Optimizer:
         self.moments = {
             n: {
                 "step": torch.zeros((), dtype=torch.float32, device=self.masters[n].device),
-                "exp_avg": torch.zeros_like(self.masters[n], requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(self.masters[n], requires_grad=False),
+                "exp_avg": _zeros(self.masters[n]),
+                "exp_avg_sq": _zeros(self.masters[n]),
             }
             for names in self.adamw.values()
             for n in names
         }
+        self._accumulated: dict[str, Tensor] = {}  # the gradients of weights that have a master, by name
+        self._divisor = 1.0
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Move the gradients of narrow weights into their fp32 masters: sums in bf16 would lose small ones."""
+        """Take the gradients of narrow weights from the model. From the second micro-batch on they are added up in
+        float32: sums in bf16 would lose small ones."""
         for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is parameter or parameter.grad is None:
+            if self.masters[name] is parameter or parameter.grad is None:
                 continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
+            if name in self._accumulated:  # .float() widens the first one, and from then on is the sum itself
+                self._accumulated[name] = self._accumulated[name].float().add_(parameter.grad)
             else:
-                master.grad.add_(parameter.grad)
+                self._accumulated[name] = parameter.grad
             parameter.grad = None
 
-    def _gradients(self) -> list[Tensor]:
-        return [m.grad for m in self.masters.values() if m.grad is not None]
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The sums of the gradients since the last step, before any scaling. A parameter that got none is left out."""
+        found = {n: p.grad if self.masters[n] is p else self._accumulated.get(n) for n, p in self.parameters.items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     @torch.no_grad()
-    def gradient_norm(self, divisor: float) -> float:
-        """Divide every gradient by ``divisor`` (the targets of the step) and give the global L2 norm of the result."""
-        gradients = self._gradients()
-        if not gradients:
+    def gradient_norm(self, divisor: float) -> Tensor:
+        """The global L2 norm of the gradients divided by ``divisor`` (the targets of the step), by which :meth:`step`
+        then divides them too. A tensor on the model's device: to read it is to wait for the backward pass."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in self.gradients.values():
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
+        if not by_dtype:
             raise ValueError("no parameter has a gradient: the loss does not depend on the model")
-        torch._foreach_mul_(gradients, 1.0 / divisor)
-        return float(torch.stack(torch._foreach_norm(gradients)).norm())
+        self._divisor = divisor
+        norms = [ops.global_norm(gradients).float() for gradients in by_dtype.values()]
+        return (norms[0] if len(norms) == 1 else torch.stack(norms).norm()) / divisor
 
     @torch.no_grad()
-    def step(self, lr: float, gradient_norm: float) -> None:
+    def step(self, lr: float, gradient_norm: Tensor | float) -> None:
         """Clip to ``config.grad_clip`` by the global norm, update the weights, clear the gradients.
 
         A parameter without a gradient (an expert no token reached) is left as it is. A non-finite norm raises
         :class:`NonFiniteError` and changes nothing.
         """
         if not math.isfinite(gradient_norm):
-            raise NonFiniteError(f"the gradient norm is {gradient_norm}")
-        clip = self.config.grad_clip
-        if clip and gradient_norm > clip:
-            torch._foreach_mul_(self._gradients(), clip / gradient_norm)
+            raise NonFiniteError(f"the gradient norm is {float(gradient_norm)}")
+        gradients = self.gradients
+        device = next(iter(self.masters.values())).device
+        norm = torch.as_tensor(gradient_norm, dtype=torch.float32, device=device)
         for decay, names in self.adamw.items():
-            self._adamw_update([n for n in names if self.masters[n].grad is not None], lr, decay)
-        for name, buffer in self.muon.items():
-            master = self.masters[name]
-            if master.grad is not None:
-                muon_update(master, master.grad, buffer, lr, self.config.momentum, self.config.weight_decay)
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                self.parameters[name].copy_(master)
+            self._adamw_step({n: gradients[n] for n in names if n in gradients}, norm, lr, decay)
+        self._muon_step({n: gradients[n] for n in self.muon if n in gradients}, norm, lr)
         self.zero_grad()
 
-    def _adamw_update(self, names: list[str], lr: float, decay: float) -> None:
-        if not names:
-            return
-        masters, moments = [self.masters[n] for n in names], [self.moments[n] for n in names]
-        adamw(
-            masters,
-            [m.grad for m in masters],
-            [m["exp_avg"] for m in moments],
-            [m["exp_avg_sq"] for m in moments],
-            [],
-            [m["step"] for m in moments],
-            fused=True,
-            amsgrad=False,
-            beta1=self.config.betas[0],
-            beta2=self.config.betas[1],
-            lr=lr,
-            weight_decay=decay,
-            eps=self.config.eps,
-            maximize=False,
-        )
+    def _adamw_step(self, gradients: dict[str, Tensor], norm: Tensor, lr: float, decay: float) -> None:
+        calls: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, ...]]] = {}  # one for each pair of dtypes
+        unwritten: list[tuple[Tensor, Tensor]] = []
+        for name, gradient in gradients.items():
+            parameter, master = self.parameters[name].detach(), self.masters[name].detach().contiguous()
+            # the kernel writes float32 masters, and 16-bit weights beside them, without gaps: others are copied to
+            weight = parameter if parameter.dtype in HALVES and parameter.is_contiguous() else master
+            if weight is master and master.data_ptr() != parameter.data_ptr():
+                unwritten.append((parameter, master))
+            gradient = gradient.contiguous() if gradient.dtype == weight.dtype else gradient.float().contiguous()
+            moments = self.moments[name]
+            tensors = (weight, master, gradient, moments["exp_avg"], moments["exp_avg_sq"], moments["step"])
+            calls.setdefault((weight.dtype, gradient.dtype), []).append(tensors)
+        for (dtype, _), rows in calls.items():
+            weights, masters, *others = map(list, zip(*rows))
+            ops.adamw_(
+                weights,
+                [] if dtype == torch.float32 else masters,
+                *others,
+                lr=lr,
+                betas=self.config.betas,
+                eps=self.config.eps,
+                weight_decay=decay,
+                divisor=self._divisor,
+                norm=norm,
+                max_norm=self.config.grad_clip,
+            )
+        for parameter, master in unwritten:
+            parameter.copy_(master)
+
+    def _muon_step(self, gradients: dict[str, Tensor], norm: Tensor, lr: float) -> None:
+        clip = self.config.grad_clip
+        scale = ((clip / norm).clamp(max=1.0) if clip else torch.ones_like(norm)) / self._divisor
+        for name, gradient in gradients.items():
+            master, config = self.masters[name], self.config
+            muon_update(master, gradient.float() * scale, self.muon[name], lr, config.momentum, config.weight_decay)
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)
 
     def zero_grad(self) -> None:
-        for name, master in self.masters.items():
-            master.grad = None
-            self.parameters[name].grad = None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._accumulated.clear()
+        self._divisor = 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs: ``master.*``, ``exp_avg.*``, ``exp_avg_sq.*``, ``step.*``, ``muon.*``."""

@@ -79,8 +79,12 @@ def test_tensors_on_two_devices_are_refused(name):
     refused = 0
     for sample in spec.samples(spec.dtypes["cpu"][0], "cpu"):
         values = dict(enumerate(sample.args)) | sample.kwargs
-        for where in [w for w, value in values.items() if w != 0 and isinstance(value, torch.Tensor)]:
-            changed = values | {where: values[where].to("meta")}
+        moved = {w: value.to("meta") for w, value in values.items() if w != 0 and isinstance(value, torch.Tensor)}
+        for where, value in values.items():  # of a list the last tensor, which is never the call's first
+            if isinstance(value, list) and len(value) > (where == 0):
+                moved[where] = [*value[:-1], value[-1].to("meta")]
+        for where, value in moved.items():
+            changed = values | {where: value}
             args = [changed.pop(i) for i in range(len(sample.args))]
             with pytest.raises(RuntimeError, match="tensors are on cpu, meta; all must be on one device"):
                 spec.op(*args, **changed)

@@ -6,8 +6,10 @@
 #include <memory>
 #include <stdexcept>
 
+#include "llmcore/adamw.h"
 #include "llmcore/attention.h"
 #include "llmcore/dyt.h"
+#include "llmcore/global_norm.h"
 #include "llmcore/glu.h"
 #include "llmcore/grouped_gemm.h"
 #include "llmcore/kv_cache_write.h"
@@ -48,6 +50,8 @@ std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
 #define WITHOUT_CUDA_KERNEL(kernel, Params) \
   void kernel(const Params& p, const Parallel& par) { portable::kernel(p, par); }
 
+ON_THE_EMULATOR(adamw, AdamwParams)
+ON_THE_EMULATOR(global_norm, GlobalNormParams)
 ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 

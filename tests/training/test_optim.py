@@ -143,7 +143,85 @@ def test_gradients_of_bf16_weights_add_up_in_fp32():
     for value in (1.0, *[2.0**-10] * 8):
         model.weight.grad = torch.full_like(model.weight, value)
         optimizer.accumulate()
-    assert float(optimizer.masters["weight"].grad) == 1 + 8 * 2.0**-10
+    assert float(optimizer.gradients["weight"]) == 1 + 8 * 2.0**-10
+
+
+class Mixed(torch.nn.Module):
+    """Every way in which a weight is kept: float32, narrow, without a kernel, and with gaps in its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = torch.nn.Parameter(torch.randn(5, 3))
+        self.narrow = torch.nn.Parameter(torch.randn(3, 7).bfloat16())
+        self.sixteen = torch.nn.Parameter(torch.randn(9).half())
+        self.exact = torch.nn.Parameter(torch.randn(4, 2).double())
+        self.wide_columns = torch.nn.Parameter(torch.randn(8, 6)[:, 1:4])
+        self.narrow_columns = torch.nn.Parameter(torch.randn(8, 6).bfloat16().t())
+        self.unused = torch.nn.Parameter(torch.randn(2, 2).bfloat16())
+        self.unused_wide = torch.nn.Parameter(torch.randn(2, 2))
+
+    def loss(self, seed: int) -> torch.Tensor:
+        make = torch.Generator().manual_seed(seed)
+        used = [p for n, p in self.named_parameters() if "unused" not in n]
+        return sum((p.float() * torch.randn(p.shape, generator=make)).sum() for p in used)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weights_of_every_kind_follow_their_gradients(micro_batches, kind):
+    """Against the update written out on float64 copies, clipping included."""
+    model, config = Mixed(), OptimConfig(kind=kind, grad_clip=0.5, weight_decay=0.3)
+    optimizer = Optimizer(model, config)
+    storage = {n: p.data_ptr() for n, p in model.named_parameters()}
+    weights = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    m, v, buffers = ({n: torch.zeros_like(w) for n, w in weights.items()} for _ in range(3))
+    b1, b2 = config.betas
+    for t in range(1, 5):
+        gradients = {n: torch.zeros_like(w) for n, w in weights.items() if "unused" not in n}
+        for i in range(micro_batches):
+            used = [p for n, p in model.named_parameters() if n in gradients]
+            for n, g in zip(gradients, torch.autograd.grad(model.loss(10 * t + i), used)):
+                gradients[n] += g.double() / 20
+            model.loss(10 * t + i).backward()
+            optimizer.accumulate()
+        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        assert norm > 0.5
+        got = optimizer.gradient_norm(20)
+        assert float(got) == pytest.approx(float(norm), rel=1e-5)
+        optimizer.step(1e-2, got)
+        for n, g in gradients.items():
+            g *= 0.5 / norm
+            if n in optimizer.muon:
+                muon_update(weights[n], g, buffers[n], 1e-2, config.momentum, 0.3)
+                continue
+            m[n] = b1 * m[n] + (1 - b1) * g
+            v[n] = b2 * v[n] + (1 - b2) * g * g
+            decay = 0.3 if weights[n].ndim >= 2 else 0.0
+            update = (m[n] / (1 - b1**t)) / ((v[n] / (1 - b2**t)).sqrt() + config.eps)
+            weights[n] = weights[n] * (1 - 1e-2 * decay) - 1e-2 * update
+    assert (kind == "muon") == bool(optimizer.muon)
+    for n, p in model.named_parameters():
+        assert p.data_ptr() == storage[n]  # whoever shares a weight's memory sees the update
+        torch.testing.assert_close(optimizer.masters[n].detach().double(), weights[n], rtol=1e-4, atol=1e-5)
+        assert torch.equal(p, optimizer.masters[n].to(p.dtype))
+        if n in optimizer.moments:
+            assert optimizer.moments[n]["step"] == (0 if "unused" in n else 4)
+    assert not optimizer.gradients
+
+
+def test_a_step_without_a_gradient_is_not_counted():
+    model = net()
+    optimizer = Optimizer(model, OptimConfig())
+    for seed in range(3):
+        loss_of(model, seed).backward()
+        if seed == 1:
+            model.experts.grad = None
+        before = model.experts.detach().clone()
+        optimizer.step(1e-2, optimizer.gradient_norm(20))
+        assert torch.equal(model.experts, before) == (seed == 1)
+    assert optimizer.moments["experts"]["step"] == 2
+    assert optimizer.moments["embed.weight"]["step"] == 3
 
 
 def test_clipping_is_by_the_global_norm():
@@ -155,9 +233,10 @@ def test_clipping_is_by_the_global_norm():
     want = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in free.parameters()))
     assert norm == pytest.approx(want, rel=1e-5)
     assert norm > 0.5
-    gradients = {n: p.grad for n, p in model.named_parameters()}  # scaled in place, then dropped
     clipped.step(0.0, norm)
-    assert math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values())) == pytest.approx(0.5, rel=1e-5)
+    rate = 1 - clipped.config.betas[0]  # the share of the first gradient in its running mean
+    means = [m["exp_avg"] / rate for m in clipped.moments.values()]
+    assert math.sqrt(sum(float(m.pow(2).sum()) for m in means)) == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
