@@ -72,6 +72,16 @@ PTX_DEVICE void store_global_16(void* p, const Vec16& v) {
                : "memory");
 }
 PTX_DEVICE void red_add(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
+PTX_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {  // what was there before
+  uint64_t before;
+  asm volatile("atom.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(x) : "memory");
+  return before;
+}
+PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) {
+  uint64_t before;
+  asm volatile("atom.global.max.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(x) : "memory");
+  return before;
+}
 
 // ---- synchronisation and exchange
 PTX_DEVICE void syncthreads() { __syncthreads(); }
@@ -180,6 +190,8 @@ PTX_DEVICE Vec16 load_global_16(const void* p) { return *simt::aligned<const Vec
 PTX_DEVICE Vec16 load_cached_16(const void* p) { return *simt::aligned<const Vec16>(p); }
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
+PTX_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) { return simt::atomic_add(p, x); }
+PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) { return simt::atomic_max(p, x); }
 
 PTX_DEVICE void syncthreads() { simt::barrier_sync(0, 0); }
 PTX_DEVICE void barrier_sync(int id, int threads) { simt::barrier_sync(id, threads); }

@@ -3,6 +3,7 @@ torch.compile, and a pure-torch reference of the same signature in `llmcore.refe
 
 from llmcore.ops.attention import attention, paged_attention
 from llmcore.ops.block_mask import BlockMask
+from llmcore.ops.device_errors import check_device_errors
 from llmcore.ops.dyt import dyt
 from llmcore.ops.glu import geglu, swiglu
 from llmcore.ops.grouped_gemm import grouped_gemm
@@ -22,6 +23,7 @@ __all__ = [
     "Sample",
     "attention",
     "backend",
+    "check_device_errors",
     "dyt",
     "explain",
     "geglu",

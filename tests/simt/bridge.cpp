@@ -7,6 +7,8 @@
 #include <stdexcept>
 
 #include "llmcore/attention.h"
+#include "llmcore/cross_entropy.h"
+#include "llmcore/device_errors.h"
 #include "llmcore/dyt.h"
 #include "llmcore/glu.h"
 #include "llmcore/grouped_gemm.h"
@@ -47,6 +49,8 @@ std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
 #define WITHOUT_CUDA_KERNEL(kernel, Params) \
   void kernel(const Params& p, const Parallel& par) { portable::kernel(p, par); }
 
+ON_THE_EMULATOR(cross_entropy_chunk, CrossEntropyChunkParams)
+ON_THE_EMULATOR(take_device_errors, TakeDeviceErrorsParams)
 ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 

@@ -182,6 +182,21 @@ __global__ void red_add_kernel(Words w) {  // words 0 to 3, which one thread zer
 }
 Outcome red_add() { return run(red_add_kernel, 64, {}, words_of({480.f, 496.f, 512.f, 528.f})); }
 
+// Two 64-bit numbers, which thread 0 zeroes first: a sum whose carry crosses the word, and the largest by the high
+// word. What each thread finds before its addition, for threads in any order, sums to a known number too.
+__global__ void atomics_kernel(Words w) {
+  uint64_t* out = reinterpret_cast<uint64_t*>(w.out);
+  if (threadIdx.x < 3) out[threadIdx.x] = 0;
+  ptx::syncthreads();
+  const uint64_t before = ptx::atomic_add(out, uint64_t{1} << 31);
+  ptx::atomic_add(out + 2, before >> 31);
+  const uint64_t high = threadIdx.x * 7 % 32;
+  ptx::atomic_max(out + 1, high << 32 | threadIdx.x);
+}
+Outcome atomics() {  // 32 * 2^31; thread 9 has the high word 31; 0 + 1 + ... + 31
+  return run(atomics_kernel, 32, {}, std::vector<uint32_t>{0, 16, 9, 31, 496, 0});
+}
+
 // ---- tensor cores
 // -----------------------------------------------------------------------------------------------------
 
@@ -381,6 +396,7 @@ std::vector<Correct> known_answers() {
       {"permute_bytes", permute_bytes},
       {"product", product},
       {"red_add", red_add},
+      {"atomics", atomics},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
       {"mma_bf16", mma<bf16>},
