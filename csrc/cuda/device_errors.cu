@@ -14,7 +14,7 @@ ErrorRecord all_records[TakeDeviceErrorsParams::kKinds];
 __global__ void take(TakeDeviceErrorsParams p, ErrorRecord* records) {
   ErrorRecord& record = records[threadIdx.x];
   int64_t* out = p.out + threadIdx.x * TakeDeviceErrorsParams::kFields;
-  const uint64_t first = ~record.first;
+  const uint64_t first = record.count ? ~record.first : 0;
   out[0] = static_cast<int64_t>(record.count);
   out[1] = static_cast<int64_t>(first >> 32);
   out[2] = static_cast<int32_t>(first);

@@ -16,14 +16,8 @@ MODES = [("round_robin", "late"), ("priorities", "early"), ("random", "random")]
 
 
 @contextmanager
-def emulator(schedule: str = "round_robin", copies: str = "late", seed: int = 1, **options):
-    """In the block, ops on CPU tensors run their CUDA kernels on the emulator; skips where the build has none."""
-    if "cuda_emulated" not in llmcore._C.cpu_isas():
-        pytest.skip("this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)")
-    before = llmcore._C.active_cpu_isa()
-    llmcore._C.set_cpu_isa("cuda_emulated")
-    llmcore._C.emulator_options(schedule, copies, seed, **options)
-    # This op's CUDA side is Python around a kernel: for the time being it is the CPU's side too.
+def linear_cross_entropy_as_on_cuda():
+    """In the block, CPU tensors take this op's CUDA side too, which is Python around a kernel."""
     library = torch.library.Library("llmcore", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
@@ -33,5 +27,19 @@ def emulator(schedule: str = "round_robin", copies: str = "late", seed: int = 1,
         yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def emulator(schedule: str = "round_robin", copies: str = "late", seed: int = 1, **options):
+    """In the block, ops on CPU tensors run their CUDA kernels on the emulator; skips where the build has none."""
+    if "cuda_emulated" not in llmcore._C.cpu_isas():
+        pytest.skip("this build has no emulated CUDA kernels (LLMCORE_EMULATE_CUDA)")
+    before = llmcore._C.active_cpu_isa()
+    llmcore._C.set_cpu_isa("cuda_emulated")
+    llmcore._C.emulator_options(schedule, copies, seed, **options)
+    try:
+        with linear_cross_entropy_as_on_cuda():
+            yield
+    finally:
         llmcore._C.emulator_options("round_robin", "late", 1)
         llmcore._C.set_cpu_isa(before)
