@@ -107,6 +107,8 @@ def implementations(spec: OpSpec) -> dict[str, Callable]:
         found |= attention_peers()
     elif spec.peer:
         found["torch"] = spec.peer
+    if spec.name == "linear_cross_entropy":
+        found["torch_compiled"] = torch.compile(spec.peer, dynamic=False)
     return found | {"compiled": torch.compile(spec.reference, dynamic=False)}
 
 
@@ -233,8 +235,13 @@ def describe(row: dict, limits: dict[str, float]) -> str:
 
 
 def benchmarks(spec: OpSpec, dtype: torch.dtype) -> Iterator[Sample]:
-    """The registry's, and attention at sizes that a GPU is bought for."""
+    """The registry's, and attention and the loss at sizes that a GPU is bought for."""
     yield from spec.benchmarks(dtype, "cuda")
+    if spec.name == "linear_cross_entropy" and dtype == torch.bfloat16:
+        tokens, dim, vocab = 8192, 4096, 131072
+        hidden, weight = (torch.randn(n, dim, device="cuda").to(dtype) for n in (tokens, vocab))
+        targets = torch.randint(vocab, (tokens,), device="cuda")
+        yield Sample("8k tokens, H 4096, V 128k", (hidden, weight * dim**-0.5, targets), {}, differentiable=(0, 1))
     if spec.name != "attention":
         return
     for batch, seq, heads, kv_heads, dim in ((4, 4096, 32, 8, 128), (1, 16384, 32, 8, 128), (8, 2048, 16, 16, 64)):

@@ -10,8 +10,6 @@ Nothing here waits for the device, so calls can be captured in a CUDA graph. See
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ FLOAT16_PEAK = 2.0**14  # bound of dloss times the factor on exp(logit - lse), w
 
 
 def _float_product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b: float32 whatever a and b are."""
+    """out = a @ b, or out += a @ b: float32 whatever a and b are, as autocast leaves products into a tensor alone."""
     if a.dtype == torch.float32:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -100,17 +98,6 @@ def _check(op: str, hidden, weight, targets, dloss, lse, arguments) -> None:
     torch.ops.llmcore.linear_cross_entropy_check(op, hidden, weight, targets, dloss, lse, *arguments[1:])
 
 
-def _without_autocast(function):
-    """Autocast would round the operands of float32 products."""
-
-    @functools.wraps(function)
-    def wrapped(hidden, *args):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return function(hidden, *args)
-
-    return wrapped
-
-
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, arguments) -> tuple[Tensor, Tensor]:
     loss = hidden.new_empty(targets.numel(), dtype=torch.float32)
     lse = torch.empty_like(loss)
@@ -129,20 +116,17 @@ def _gradients(dloss, hidden, weight, targets, lse, arguments, need_dhidden, nee
     return _run(hidden, weight, targets, arguments, None, lse, dloss, need_dhidden, need_dweight, factor)
 
 
-@_without_autocast
 def linear_cross_entropy(hidden, weight, targets, *arguments):
     _check("linear_cross_entropy", hidden, weight, targets, None, None, arguments)
     return _losses(hidden, weight, targets, arguments)
 
 
-@_without_autocast
 def linear_cross_entropy_backward(dloss, hidden, weight, targets, lse, *rest):
     *arguments, need_dhidden, need_dweight = rest
     _check("linear_cross_entropy_backward", hidden, weight, targets, dloss, lse, arguments)
     return _gradients(dloss, hidden, weight, targets, lse.contiguous(), arguments, need_dhidden, need_dweight)
 
 
-@_without_autocast
 def linear_cross_entropy_with_grad(hidden, weight, targets, *rest):
     *arguments, mean, need_dhidden, need_dweight = rest
     _check("linear_cross_entropy_with_grad", hidden, weight, targets, None, None, arguments)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcore.checkpoints import Checkpoint, CheckpointError, copy_tensors, find_latest, model_tensors, save_checkpoint
+from llmcore.ops import check_device_errors
 from llmcore.training.logs import Display, RunLog, clock, plot_losses, read_log
 from llmcore.training.losses import Loss, add_metrics, mean_metrics, next_token_loss
 from llmcore.training.optim import NonFiniteError, OptimConfig, Optimizer
@@ -20,6 +21,14 @@ from llmcore.training.schedules import ScheduleConfig, learning_rate_factor, pro
 from llmcore.training.state import StopSignals, compute_dtype, random_state, set_random_state, versions
 
 LossFunction = Callable[[nn.Module, Any], Loss]
+
+
+def _check_data(model: nn.Module) -> None:
+    """Raises what CUDA kernels found wrong in the batches. Called where the host has just waited for the loss: a target
+    outside the vocabulary is better known by its index than by the NaN it makes."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        check_device_errors(device)
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ def evaluate(
             targets += loss.num_targets
             if token_bytes is not None:
                 num_bytes += int(token_bytes[batch.targets[batch.targets >= 0]].sum())
+        _check_data(model)
     finally:
         model.train(was_training)
     if not targets:
@@ -221,6 +231,7 @@ class Trainer:
         if not targets:
             raise ValueError(f"step {self.step + 1}: its {self.config.accumulation} batches hold no target token")
         means = mean_metrics(metrics, targets)
+        _check_data(self.model)
         norm = self.optimizer.gradient_norm(targets)
         if not math.isfinite(norm) or not all(math.isfinite(v) for v in means.values()):
             self.optimizer.zero_grad()

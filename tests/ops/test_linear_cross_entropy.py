@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
+import llmcore
 from llmcore import ops
+from llmcore.ops import linear_cross_entropy_cuda
+from llmcore.ops.registry import FLOATS
+from tests.simt.emulation import linear_cross_entropy_as_on_cuda
+
+from .checks import check_sample
+from .test_registry import ISAS
 
 HIDDEN, WEIGHT, TARGETS = torch.ones(6, 4), torch.ones(9, 4), torch.arange(6)
 
@@ -109,3 +116,26 @@ def test_second_derivatives_are_refused_not_wrong():
     (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = llmcore._C.active_cpu_isa()
+    assert llmcore._C.set_cpu_isa(request.param)
+    yield request.param
+    llmcore._C.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_cuda_side_on_the_cpu_s_kernel(dtype, isa, monkeypatch):
+    """Its chunks and products, with the CPU twin of its kernel (tests/simt runs the CUDA kernel itself)."""
+    monkeypatch.setattr(linear_cross_entropy_cuda, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(linear_cross_entropy_cuda, "MIN_CHUNK", 13)
+    with linear_cross_entropy_as_on_cuda(), llmcore.backend("kernel"):
+        for sample in ops.registry["linear_cross_entropy"].samples(dtype, "cpu"):
+            check_sample(ops.registry["linear_cross_entropy"], sample)
+        hidden, weight, targets = example()
+        targets[3] = 400
+        losses = ops.linear_cross_entropy(hidden, weight, targets, reduction="none")
+    assert losses.isnan().nonzero().tolist() == [[3]]
+    ops.check_device_errors("cpu")  # only kernels on a CUDA device record errors

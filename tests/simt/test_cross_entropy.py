@@ -175,6 +175,15 @@ def test_autocast_leaves_the_numbers_alone(emulated):
 
 
 @one_mode
+def test_it_compiles(emulated):
+    hidden, weight, targets = sample(20, 32, 300, torch.float32).args
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    for reduction in ("mean", "none"):
+        losses = [f(hidden, weight, targets, reduction=reduction) for f in (linear_cross_entropy, compiled)]
+        assert torch.equal(*losses)
+
+
+@one_mode
 def test_float16_gradients_use_the_range_of_float16(emulated):
     """A vocabulary so large that probabilities are below the smallest float16, behind a loss scale and without one."""
     hidden, weight, targets = sample(4, 8, 40000, torch.float16).args
