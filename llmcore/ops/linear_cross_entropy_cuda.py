@@ -83,9 +83,9 @@ def _run(
             _float_product(dlogits, weight, sums)
             dhidden.view(-1, dim)[chunk] = sums * factor if rows.dtype == torch.float16 else sums
         if need_dweight:
-            counts = (part_ids != ignore_index) & (part_ids >= 0) & (part_ids < vocab)
+            unread = (part_ids == ignore_index) | (part_ids < 0) | (part_ids >= vocab)
             # their dlogits are 0, but 0 times what stands in hidden might be NaN
-            part = torch.where(counts.unsqueeze(1), part, 0)
+            part = part.masked_fill(unread.unsqueeze(1), 0)
             _float_product(dlogits.t(), part, weight_sums, add=begin > 0)
     if tokens == 0:
         weight_sums.zero_()
@@ -109,9 +109,11 @@ def _gradients(dloss, hidden, weight, targets, lse, arguments, need_dhidden, nee
     dloss, factor = dloss.contiguous(), 1.0
     if hidden.dtype == torch.float16:  # scaled so that dlogits use its range; the float32 sums are scaled back
         ignore_index, _, z_loss, _ = arguments
-        counts = targets.reshape(-1) != ignore_index
-        size = torch.where(counts, dloss * (1 + 2 * z_loss * lse).abs().clamp(min=1), 0).abs()
-        factor = size.sum().new_zeros(1) if size.numel() == 0 else size.amax().clamp(min=1e-30).view(1)
+        bound = dloss * (1 + 2 * z_loss * lse).abs().clamp(
+            min=1
+        )  # of the factors on exp(logit - lse) and at the target
+        bound = bound.masked_fill(targets.reshape(-1) == ignore_index, 0).abs()
+        factor = bound.amax(0, keepdim=True).clamp(min=1e-30) if bound.numel() else bound.new_zeros(1)
         dloss, factor = dloss / factor * FLOAT16_PEAK, factor / FLOAT16_PEAK
     return _run(hidden, weight, targets, arguments, None, lse, dloss, need_dhidden, need_dweight, factor)
 
