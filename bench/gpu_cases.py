@@ -109,3 +109,11 @@ def rope(dtype: torch.dtype, device: str) -> Cases:
 def glu(dtype: torch.dtype, device: str) -> Cases:
     gate, up = _rows(2 * 14336, dtype, device, 8192).chunk(2, -1)
     yield Sample("8192x14336", (gate, up), {}, (0, 1))
+
+
+@case("linear_cross_entropy")
+def linear_cross_entropy(dtype: torch.dtype, device: str) -> Cases:
+    tokens, dim, vocab = 8192, 4096, 131072
+    hidden, weight = (torch.randn(n, dim, device=device, dtype=dtype) for n in (tokens, vocab))
+    targets = torch.randint(vocab, (tokens,), device=device)
+    yield Sample("8k tokens, H 4096, V 128k", (hidden, weight * dim**-0.5, targets), {}, (0, 1))

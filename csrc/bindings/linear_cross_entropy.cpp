@@ -16,20 +16,20 @@ struct Call {
   int64_t all;                  // tokens, ignored ones included
 };
 
-Call checked(const std::string& op, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-             int64_t ignore_index, double softcap, double z_loss, double label_smoothing) {
+// Everything but the values of the targets, which the host cannot see where they are on a CUDA device.
+void check_call(const std::string& op, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                double softcap, double z_loss, double label_smoothing) {
   const auto name = [&](const char* argument) { return op + ": " + argument; };
-  const DType dtype = float_dtype(hidden, name("hidden").c_str());
+  float_dtype(hidden, name("hidden").c_str());
   LLMCORE_CHECK(hidden.dim() >= 1 && hidden.size(-1) >= 1, op, ": hidden has shape ", shape_text(hidden),
                 "; expected (..., dim) with dim >= 1");
   const int64_t dim = hidden.size(-1);
-  check_cpu(weight, name("weight").c_str());
+  check_device(weight, hidden, name("weight").c_str());
   check_same_dtype(weight, hidden, name("weight").c_str(), "hidden");
   check_dim(weight, 2, name("weight").c_str(), "(vocab, dim)");
   LLMCORE_CHECK(weight.size(0) >= 1 && weight.size(1) == dim, op, ": weight has shape ", shape_text(weight),
                 "; expected (vocab, ", dim, ") with vocab >= 1");
-  const int64_t vocab = weight.size(0);
-  check_cpu(targets, name("targets").c_str());
+  check_device(targets, hidden, name("targets").c_str());
   check_dtype(targets, ScalarType::Long, name("targets").c_str());
   bool match = targets.dim() == hidden.dim() - 1;
   for (int64_t d = 0; match && d < targets.dim(); ++d) match = targets.size(d) == hidden.size(d);
@@ -39,6 +39,19 @@ Call checked(const std::string& op, const Tensor& hidden, const Tensor& weight, 
   LLMCORE_CHECK(std::isfinite(z_loss), op, ": z_loss is ", z_loss, "; it must be finite");
   LLMCORE_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing is ", label_smoothing,
                 "; accepted: 0 to 1");
+}
+
+// One float per token.
+void check_per_token(const Tensor& t, const Tensor& hidden, int64_t tokens, const std::string& what) {
+  check_device(t, hidden, what.c_str());
+  check_dtype(t, ScalarType::Float, what.c_str());
+  check_shape(t, {tokens}, what.c_str());
+}
+
+Call checked(const std::string& op, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+             int64_t ignore_index, double softcap, double z_loss, double label_smoothing) {
+  check_call(op, hidden, weight, targets, softcap, z_loss, label_smoothing);
+  const int64_t vocab = weight.size(0);
   Call call{{}, as_rows(hidden), as_rows(weight), dense(targets), {}, targets.numel()};
   const int64_t* ids = static_cast<const int64_t*>(call.targets.const_data_ptr());
   call.tokens.reserve(call.all);
@@ -49,10 +62,10 @@ Call checked(const std::string& op, const Tensor& hidden, const Tensor& weight, 
     call.tokens.push_back(t);
   }
   LinearCrossEntropyParams& p = call.params;
-  p.dtype = dtype;
+  p.dtype = float_dtype(hidden, "hidden");
   p.count = static_cast<int64_t>(call.tokens.size());
   p.tokens = call.tokens.data();
-  p.dim = dim;
+  p.dim = hidden.size(-1);
   p.vocab = vocab;
   p.softcap = static_cast<float>(softcap);
   p.z_loss = static_cast<float>(z_loss);
@@ -95,12 +108,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, co
                                                          double label_smoothing, bool need_dhidden, bool need_dweight) {
   Call call =
       checked("linear_cross_entropy_backward", hidden, weight, targets, ignore_index, softcap, z_loss, label_smoothing);
-  check_cpu(dloss, "linear_cross_entropy_backward: dloss");
-  check_dtype(dloss, ScalarType::Float, "linear_cross_entropy_backward: dloss");
-  check_shape(dloss, {call.all}, "linear_cross_entropy_backward: dloss");
-  check_cpu(lse, "linear_cross_entropy_backward: lse");
-  check_dtype(lse, ScalarType::Float, "linear_cross_entropy_backward: lse");
-  check_shape(lse, {call.all}, "linear_cross_entropy_backward: lse");
+  check_per_token(dloss, hidden, call.all, "linear_cross_entropy_backward: dloss");
+  check_per_token(lse, hidden, call.all, "linear_cross_entropy_backward: lse");
   const Tensor d = dense(dloss), l = dense(lse);
   auto results = gradients(call, hidden, weight, need_dhidden, need_dweight);
   call.params.dloss = static_cast<const float*>(d.const_data_ptr());
@@ -127,7 +136,23 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_with_grad(const Tensor& 
   return {loss, dhidden, dweight};
 }
 
+// The checks of the three ops for llmcore/ops/linear_cross_entropy_cuda.py, which takes their place on CUDA devices.
+void linear_cross_entropy_check(const std::string& op, const Tensor& hidden, const Tensor& weight,
+                                const Tensor& targets, const OptTensor& dloss, const OptTensor& lse, double softcap,
+                                double z_loss, double label_smoothing) {
+  check_call(op, hidden, weight, targets, softcap, z_loss, label_smoothing);
+  if (dloss) check_per_token(*dloss, hidden, targets.numel(), op + ": dloss");
+  if (lse) check_per_token(*lse, hidden, targets.numel(), op + ": lse");
+}
+
+template <class Library>
+void register_checks(Library& m) {
+  m.impl("linear_cross_entropy_check", TORCH_BOX(&linear_cross_entropy_check));
+}
+
 }  // namespace
+
+LLMCORE_REGISTER(register_checks)
 
 STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
   m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));

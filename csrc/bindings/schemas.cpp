@@ -46,6 +46,14 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
       "linear_cross_entropy_with_grad(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
       "float z_loss, float label_smoothing, bool mean, bool need_dhidden, bool need_dweight) "
       "-> (Tensor loss, Tensor dhidden, Tensor dweight)");
+  // what the three are made of on a CUDA device (llmcore/ops/linear_cross_entropy_cuda.py)
+  m.def(
+      "linear_cross_entropy_check(str op, Tensor hidden, Tensor weight, Tensor targets, Tensor? dloss, Tensor? lse, "
+      "float softcap, float z_loss, float label_smoothing) -> ()");
+  m.def(
+      "cross_entropy_chunk_(Tensor(a!) logits, Tensor targets, Tensor(b!)? loss, Tensor(c!) lse, Tensor? dloss, "
+      "int first, int ignore_index, float softcap, float z_loss, float label_smoothing, str gradient) -> ()");
+  m.def("take_device_errors_(Tensor(a!) out) -> ()");
   m.def(
       "layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) -> "
       "(Tensor y, Tensor z, Tensor mean, Tensor rstd)");

@@ -10,6 +10,7 @@
 // the second computation of the logits (as in Liger Kernel, arXiv 2410.10989), at the price of one chunk's logits.
 #include "llmcore/linear_cross_entropy.h"
 
+#include "cross_entropy_row.h"
 #include "gemm_workers.h"
 
 namespace llmcore {
@@ -37,35 +38,6 @@ struct Chunk {
   float* tiles;           // (vocab blocks, size, kTileStride), or null: tiles are not kept
   float* stats;           // (size, 3, vocab blocks): maximum, sum of exp(logit - maximum), sum of the logits
 };
-
-void cap(float* row, int64_t n, float softcap) {
-  for (int64_t j = 0; j < n; j += kLanes) store_n(row + j, softcap * tanh(load_n(row + j, n - j) / softcap), n - j);
-}
-
-// The statistics of one row of a tile: `blocks` apart.
-void summarise(const float* row, int64_t n, float* stats, int64_t blocks) {
-  vf top = set1(-__builtin_inff()), total = zero();
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const vf x = load(row + j);
-    top = max(top, x);
-    total += x;
-  }
-  float row_max = reduce_max(top), row_total = reduce_sum(total);
-  for (int64_t i = j; i < n; ++i) {
-    row_max = row[i] > row_max ? row[i] : row_max;
-    row_total += row[i];
-  }
-  vf sum = zero();
-  for (j = 0; j + kLanes <= n; j += kLanes) sum += exp2_nonpositive((load(row + j) - row_max) * kLog2e);
-  if (j < n) {
-    const vf e = exp2_nonpositive((load_n(row + j, n - j) - row_max) * kLog2e);
-    sum += iota() < static_cast<int32_t>(n - j) ? e : zero();
-  }
-  stats[0] = row_max;
-  stats[blocks] = reduce_sum(sum);
-  stats[2 * blocks] = row_total;
-}
 
 template <class T>
 void scores(const LinearCrossEntropyParams& p, const Chunk<T>& chunk, int64_t vocab_block, GemmWorkers& workers,
@@ -117,28 +89,6 @@ void losses(const LinearCrossEntropyParams& p, const Chunk<T>& chunk, int64_t vo
   });
 }
 
-// Turns a row of logits into its gradient, in place: G is what the products that follow take, and bf16 fills the first
-// half of the row. The row starts at word `first`.
-template <class G>
-void differentiate(const LinearCrossEntropyParams& p, float* logits, int64_t first, int64_t n, int64_t token) {
-  const float lse = p.lse[token], dloss = p.dloss ? p.dloss[token] : p.dloss_of_all;
-  const float of_lse = dloss * (1.f + 2.f * p.z_loss * lse);
-  const float of_mean = dloss * p.label_smoothing / static_cast<float>(p.vocab);
-  const float of_target = dloss * (1.f - p.label_smoothing);
-  const float inverse_cap = p.softcap > 0.f ? 1.f / p.softcap : 0.f;
-  const auto gradient = [&](vf x, vf direct) {
-    const vf tanh_of = x * inverse_cap;  // 0 without softcap
-    return (exp2_nonpositive((x - lse) * kLog2e) * of_lse - direct) * (1.f - tanh_of * tanh_of);
-  };
-  const int64_t target = p.targets[token] - first;
-  const bool holds_target = target >= 0 && target < n;
-  const float at_target = holds_target ? gradient(set1(logits[target]), set1(of_mean + of_target))[0] : 0.f;
-  G* out = reinterpret_cast<G*>(logits);
-  for_row(n,
-          [&](int64_t j, auto lanes) { store_n(out + j, gradient(load_n(logits + j, lanes), set1(of_mean)), lanes); });
-  if (holds_target) out[target] = from_float<G>(at_target);
-}
-
 template <class T>
 void run(const LinearCrossEntropyParams& p, const Parallel& par) {
   using G = typename GemmProduct<T, T>::type::Value;
@@ -181,8 +131,11 @@ void run(const LinearCrossEntropyParams& p, const Parallel& par) {
     parallel_tasks(par, vocab_blocks, [&](int64_t block, int64_t worker) {
       const int64_t word = block * vocab_block, words = at_most(p.vocab - word, vocab_block);
       float* tile = chunk.tiles + block * chunk.size * kTileStride;
-      for (int64_t i = 0; i < chunk.size; ++i)
-        differentiate<G>(p, tile + i * kTileStride, word, words, chunk.tokens[i]);
+      for (int64_t i = 0; i < chunk.size; ++i) {
+        const int64_t token = chunk.tokens[i];
+        const float dloss = p.dloss ? p.dloss[token] : p.dloss_of_all;
+        differentiate<G>(tile + i * kTileStride, words, p.targets[token] - word, RowGradient(p, dloss, p.lse[token]));
+      }
       if (p.dweight)
         gemm(words, p.dim, chunk.size, Matrix<G>{reinterpret_cast<const G*>(tile), 1, kGradientStride}, chunk.hidden,
              dweight + word * p.dim, p.dim, begin > 0, workers.packing(worker));

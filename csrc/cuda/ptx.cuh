@@ -82,6 +82,16 @@ PTX_DEVICE void shared_or(uint32_t* p, uint32_t x) {
   asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(shared_address(p)), "r"(x) : "memory");
 }
 PTX_DEVICE void red_add(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
+PTX_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {  // what was there before
+  uint64_t before;
+  asm volatile("atom.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(x) : "memory");
+  return before;
+}
+PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) {
+  uint64_t before;
+  asm volatile("atom.global.max.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(x) : "memory");
+  return before;
+}
 
 // ---- synchronisation and exchange
 PTX_DEVICE void syncthreads() { __syncthreads(); }
@@ -220,6 +230,8 @@ PTX_DEVICE void shared_or(uint32_t* p, uint32_t x) {
   __atomic_fetch_or(p, x, __ATOMIC_RELAXED);
 }
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
+PTX_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) { return simt::atomic_add(p, x); }
+PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) { return simt::atomic_max(p, x); }
 
 PTX_DEVICE void syncthreads() { simt::barrier_sync(0, 0); }
 PTX_DEVICE void barrier_sync(int id, int threads) { simt::barrier_sync(id, threads); }

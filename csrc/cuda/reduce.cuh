@@ -44,42 +44,60 @@ struct Team {
   }
 };
 
-// Sums over the teams of Size threads in a CTA of Threads. Teams of more than a warp meet at a barrier of their own.
-template <int Threads, int Size, int Values>
-class TeamSum {
+// What the teams of Size threads in a CTA of Threads join their values by. Teams of more than a warp meet at a barrier
+// of their own.
+struct Sum {
+  template <int Lanes>
+  PTX_DEVICE float over_lanes(float x) {
+    return lanes_sum<Lanes>(x);
+  }
+};
+struct Max {
+  template <int Lanes>
+  PTX_DEVICE float over_lanes(float x) {
+    return lanes_max<Lanes>(x);
+  }
+};
+
+template <class Join, int Threads, int Size, int Values>
+class TeamReduction {
  public:
   static constexpr int kWarps = Threads / 32;
   static constexpr int kBytes = Size <= 32 ? 0 : 2 * Values * kWarps * static_cast<int>(sizeof(float));
 
-  __device__ explicit TeamSum(uint8_t* shared) : sums_(reinterpret_cast<float*>(shared)) {}
+  __device__ explicit TeamReduction(uint8_t* shared) : joined_(reinterpret_cast<float*>(shared)) {}
 
-  // Each x[v] becomes its sum over the team.
+  // Each x[v] becomes its sum (maximum) over the team.
   __device__ void operator()(float (&x)[Values]) {
 #pragma unroll
-    for (int v = 0; v < Values; ++v) x[v] = lanes_sum<(Size < 32 ? Size : 32)>(x[v]);
+    for (int v = 0; v < Values; ++v) x[v] = Join::template over_lanes<(Size < 32 ? Size : 32)>(x[v]);
     if constexpr (Size > 32) {
       constexpr int kTeamWarps = Size / 32;
       const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, team = thread / Size;
       // Two buffers in turn: who writes one again has passed the barrier that its last readers reached afterwards.
-      float* sums = sums_ + turn_ * Values * kWarps;
+      float* joined = joined_ + turn_ * Values * kWarps;
       turn_ ^= 1;
       if (thread % 32 == 0)
 #pragma unroll
-        for (int v = 0; v < Values; ++v) sums[v * kWarps + warp] = x[v];
+        for (int v = 0; v < Values; ++v) joined[v * kWarps + warp] = x[v];
       if constexpr (Size == Threads)
         ptx::syncthreads();
       else
         ptx::barrier_sync(1 + team, Size);
 #pragma unroll
       for (int v = 0; v < Values; ++v)
-        x[v] = lanes_sum<kTeamWarps>(sums[v * kWarps + team * kTeamWarps + thread % kTeamWarps]);
+        x[v] = Join::template over_lanes<kTeamWarps>(joined[v * kWarps + team * kTeamWarps + thread % kTeamWarps]);
     }
   }
 
  private:
-  float* sums_;
+  float* joined_;
   int turn_ = 0;
 };
+template <int Threads, int Size, int Values>
+using TeamSum = TeamReduction<Sum, Threads, Size, Values>;
+template <int Threads, int Size, int Values>
+using TeamMax = TeamReduction<Max, Threads, Size, Values>;
 
 // Sums of columns over the teams of a CTA, each of which holds `mine` for the columns that Team::held gives it.
 template <int Threads, int Size, int Width, int Held>

@@ -4,6 +4,7 @@ torch.compile, and a pure-torch reference of the same signature in `llmcore.refe
 from llmcore.ops.adamw import adamw_
 from llmcore.ops.attention import attention, paged_attention
 from llmcore.ops.block_mask import BlockMask
+from llmcore.ops.device_errors import check_device_errors
 from llmcore.ops.dyt import dyt
 from llmcore.ops.global_norm import global_norm
 from llmcore.ops.glu import geglu, swiglu
@@ -27,6 +28,7 @@ __all__ = [
     "apply_penalties_",
     "attention",
     "backend",
+    "check_device_errors",
     "dyt",
     "explain",
     "geglu",

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops import linear_cross_entropy_cuda  # noqa: F401  (registers the ops' CUDA side)
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 
 def linear_cross_entropy(
@@ -49,7 +50,8 @@ def linear_cross_entropy(
         float32 (float64 for float64): a scalar, or with "none" the losses, shaped as targets.
 
     Raises:
-        RuntimeError: naming the target and its index, when it is neither ignore_index nor in [0, vocab).
+        RuntimeError: naming the target and its index, when it is neither ignore_index nor in [0, vocab). On a CUDA
+            device such a token has loss NaN and gradient 0, and `llmcore.ops.check_device_errors` raises the error.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}; accepted: 'mean', 'sum', 'none'")
@@ -189,6 +191,7 @@ register(
         reference=reference.linear_cross_entropy,
         torch_ops=("linear_cross_entropy_with_grad", "linear_cross_entropy", "linear_cross_entropy_backward"),
         samples=_samples,
+        dtypes=CPU_AND_CUDA,
         features=("ignore_index", "soft-capping", "z-loss", "label smoothing", "backward"),
         benchmarks=_benchmarks,
         peer=_peer,

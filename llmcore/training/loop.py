@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmcore.checkpoints import Checkpoint, CheckpointError, copy_tensors, find_latest, model_tensors, save_checkpoint
 from llmcore.inference.device import check_device_name
+from llmcore.ops import check_device_errors
 from llmcore.training.logs import Display, RunLog, clock, plot_losses, read_log
 from llmcore.training.losses import Loss, add_metrics, mean_metrics, next_token_loss
 from llmcore.training.optim import NonFiniteError, OptimConfig, Optimizer
@@ -21,6 +22,14 @@ from llmcore.training.schedules import ScheduleConfig, learning_rate_factor, pro
 from llmcore.training.state import StopSignals, compute_dtype, random_state, set_random_state, versions
 
 LossFunction = Callable[[nn.Module, Any], Loss]
+
+
+def _check_data(model: nn.Module) -> None:
+    """Raises what CUDA kernels found wrong in the batches. Called where the host has just waited for the loss: a target
+    outside the vocabulary is better known by its index than by the NaN it makes."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        check_device_errors(device)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ def evaluate(
             targets += loss.num_targets
             if token_bytes is not None:
                 num_bytes += int(token_bytes[batch.targets[batch.targets >= 0]].sum())
+        _check_data(model)
     finally:
         model.train(was_training)
     if not targets:
@@ -230,6 +240,7 @@ class Trainer:
             raise ValueError(f"step {self.step + 1}: its {self.config.accumulation} batches hold no target token")
         gradient_norm = self.optimizer.gradient_norm(targets)  # first, so that there is one wait for all numbers
         means, norm = mean_metrics(metrics, targets), float(gradient_norm)
+        _check_data(self.model)
         if not math.isfinite(norm) or not all(math.isfinite(v) for v in means.values()):
             self.optimizer.zero_grad()
             values = f"loss {means['nll']:g}, gradient norm {norm:g}"

@@ -8,41 +8,54 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
+import llmcore
 from llmcore import ops
+from llmcore.ops import linear_cross_entropy_cuda
+from llmcore.ops.registry import FLOATS
+from tests.simt.emulation import linear_cross_entropy_as_on_cuda
+
+from .checks import check_sample
+from .test_registry import ISAS
 
 HIDDEN, WEIGHT, TARGETS = torch.ones(6, 4), torch.ones(9, 4), torch.arange(6)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"targets": torch.tensor([0, 1, 2, 9, 4, 5])}, r"targets\[3\] is 9; accepted: 0 to 8, or -100 to ignore"),
-        ({"targets": torch.tensor([0, -1, 2, 3, 4, 5])}, r"targets\[1\] is -1; accepted: 0 to 8"),
-        ({"targets": torch.tensor([-100, 1, 2, 3, 4, 5]), "ignore_index": -1}, r"targets\[0\] is -100"),
-        ({"targets": TARGETS.int()}, "targets has dtype int32; expected int64"),
-        ({"targets": TARGETS[:5]}, r"targets has shape \(5,\), but hidden has \(6, 4\)"),
-        ({"targets": TARGETS.view(2, 3)}, r"targets has shape \(2, 3\), but hidden has \(6, 4\)"),
-        ({"weight": WEIGHT[:, :3]}, r"weight has shape \(9, 3\); expected \(vocab, 4\)"),
-        ({"weight": WEIGHT[:0]}, r"weight has shape \(0, 4\)"),
-        ({"weight": WEIGHT.bfloat16()}, "weight has dtype bfloat16, but hidden has float32"),
-        ({"hidden": HIDDEN[:, :0]}, r"hidden has shape \(6, 0\)"),
-        ({"softcap": 0.0}, "softcap is 0.0; it must be positive, or None"),
-        ({"softcap": -2.0}, "softcap is -2.0"),
-        ({"softcap": math.nan}, "softcap is nan"),
-        ({"softcap": 1e39}, r"softcap is 1e\+39; accepted: 1e-30 to 1e30"),
-        ({"softcap": 1e-50}, "softcap is 1e-50; accepted: 1e-30 to 1e30"),
-        ({"z_loss": math.inf}, "z_loss is inf; it must be finite"),
-        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; accepted: 0 to 1"),
-        ({"label_smoothing": math.nan}, "label_smoothing is nan"),
-        ({"reduction": "max"}, "reduction is 'max'; accepted: 'mean', 'sum', 'none'"),
-    ],
-)
-@pytest.mark.parametrize("gradient", [False, True])
-def test_refuses(arguments, message, gradient):
+BAD_TARGETS = [
+    ({"targets": torch.tensor([0, 1, 2, 9, 4, 5])}, r"targets\[3\] is 9; accepted: 0 to 8, or -100 to ignore"),
+    ({"targets": torch.tensor([0, -1, 2, 3, 4, 5])}, r"targets\[1\] is -1; accepted: 0 to 8"),
+    ({"targets": torch.tensor([-100, 1, 2, 3, 4, 5]), "ignore_index": -1}, r"targets\[0\] is -100"),
+]
+BAD_CALLS = [
+    ({"targets": TARGETS.int()}, "targets has dtype int32; expected int64"),
+    ({"targets": TARGETS[:5]}, r"targets has shape \(5,\), but hidden has \(6, 4\)"),
+    ({"targets": TARGETS.view(2, 3)}, r"targets has shape \(2, 3\), but hidden has \(6, 4\)"),
+    ({"weight": WEIGHT[:, :3]}, r"weight has shape \(9, 3\); expected \(vocab, 4\)"),
+    ({"weight": WEIGHT[:0]}, r"weight has shape \(0, 4\)"),
+    ({"weight": WEIGHT.bfloat16()}, "weight has dtype bfloat16, but hidden has float32"),
+    ({"hidden": HIDDEN[:, :0]}, r"hidden has shape \(6, 0\)"),
+    ({"softcap": 0.0}, "softcap is 0.0; it must be positive, or None"),
+    ({"softcap": -2.0}, "softcap is -2.0"),
+    ({"softcap": math.nan}, "softcap is nan"),
+    ({"softcap": 1e39}, r"softcap is 1e\+39; accepted: 1e-30 to 1e30"),
+    ({"softcap": 1e-50}, "softcap is 1e-50; accepted: 1e-30 to 1e30"),
+    ({"z_loss": math.inf}, "z_loss is inf; it must be finite"),
+    ({"label_smoothing": 1.5}, "label_smoothing is 1.5; accepted: 0 to 1"),
+    ({"label_smoothing": math.nan}, "label_smoothing is nan"),
+    ({"reduction": "max"}, "reduction is 'max'; accepted: 'mean', 'sum', 'none'"),
+]
+
+
+def call_with(arguments: dict, gradient: bool):
     call = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **arguments}
     call["hidden"] = call["hidden"].clone().requires_grad_(gradient)
+    return ops.linear_cross_entropy(**call)
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_TARGETS + BAD_CALLS)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_refuses(arguments, message, gradient):
     with pytest.raises((RuntimeError, ValueError), match=message):
-        ops.linear_cross_entropy(**call)
+        call_with(arguments, gradient)
 
 
 def example(tokens: int = 50, dim: int = 24, vocab: int = 400):
@@ -103,3 +116,26 @@ def test_second_derivatives_are_refused_not_wrong():
     (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = llmcore._C.active_cpu_isa()
+    assert llmcore._C.set_cpu_isa(request.param)
+    yield request.param
+    llmcore._C.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_cuda_side_on_the_cpu_s_kernel(dtype, isa, monkeypatch):
+    """Its chunks and products, with the CPU twin of its kernel (tests/simt runs the CUDA kernel itself)."""
+    monkeypatch.setattr(linear_cross_entropy_cuda, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(linear_cross_entropy_cuda, "MIN_CHUNK", 13)
+    with linear_cross_entropy_as_on_cuda(), llmcore.backend("kernel"):
+        for sample in ops.registry["linear_cross_entropy"].samples(dtype, "cpu"):
+            check_sample(ops.registry["linear_cross_entropy"], sample)
+        hidden, weight, targets = example()
+        targets[3] = 400
+        losses = ops.linear_cross_entropy(hidden, weight, targets, reduction="none")
+    assert losses.isnan().nonzero().tolist() == [[3]]
+    ops.check_device_errors("cpu")  # only kernels on a CUDA device record errors

@@ -8,6 +8,8 @@
 
 #include "llmcore/adamw.h"
 #include "llmcore/attention.h"
+#include "llmcore/cross_entropy.h"
+#include "llmcore/device_errors.h"
 #include "llmcore/dyt.h"
 #include "llmcore/global_norm.h"
 #include "llmcore/glu.h"
@@ -52,6 +54,8 @@ std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
 
 ON_THE_EMULATOR(adamw, AdamwParams)
 ON_THE_EMULATOR(global_norm, GlobalNormParams)
+ON_THE_EMULATOR(cross_entropy_chunk, CrossEntropyChunkParams)
+ON_THE_EMULATOR(take_device_errors, TakeDeviceErrorsParams)
 ON_THE_EMULATOR(glu_forward, GluParams)
 ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 

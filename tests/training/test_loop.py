@@ -25,7 +25,7 @@ import llmcore
 from llmcore.checkpoints import CheckpointError, find_latest, list_checkpoints, load_checkpoint
 from llmcore.layers import MoE
 from llmcore.models import PRESETS, Transformer
-from llmcore.training import Loss, NonFiniteError, OptimConfig, TrainConfig, evaluate, next_token_loss
+from llmcore.training import Loss, NonFiniteError, OptimConfig, TrainConfig, evaluate, loop, next_token_loss
 from llmcore.training.logs import RunLog, clock, plot_losses, read_log
 from llmcore.training.state import StopSignals, random_state, seed_everything, set_random_state
 
@@ -159,6 +159,26 @@ def test_evaluation_is_weighted_by_tokens_and_leaves_the_model_training():
     assert model.training
     with pytest.raises(ValueError, match="no target"):
         evaluate(model, [make_batch(tokens, torch.full_like(tokens, -100))], loss_fn=loss_fn)
+
+
+def test_errors_found_on_a_cuda_device_are_raised_where_the_loss_is_read(tmp_path, monkeypatch):
+    def error(device):
+        raise RuntimeError(f"found on {device}")
+
+    monkeypatch.setattr(loop, "check_device_errors", error)
+    trainer = make_trainer(tmp_path)
+    before = [p.clone() for p in trainer.model.parameters()]
+    # to the loop the model is on a CUDA device: the parameters that it asks for theirs
+    on_cuda = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 1))]))
+    check = loop._check_data
+    check(trainer.model)
+    monkeypatch.setattr(loop, "_check_data", lambda model: check(on_cuda))
+    with pytest.raises(RuntimeError, match="found on cuda:1"):
+        trainer.take_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+    tokens = torch.zeros(1, 16).long()
+    with pytest.raises(RuntimeError, match="found on cuda:1"):
+        evaluate(trainer.model, [make_batch(tokens, tokens)], loss_fn=loss_fn)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "weights", "experts"])

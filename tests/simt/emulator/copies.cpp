@@ -86,4 +86,18 @@ void atomic_add(float* at, float value) {
   *at += value;
 }
 
+uint64_t atomic_add(uint64_t* at, uint64_t value) {
+  race::Ignore ignore;
+  const uint64_t before = *at;
+  *at += value;
+  return before;
+}
+
+uint64_t atomic_max(uint64_t* at, uint64_t value) {
+  race::Ignore ignore;
+  const uint64_t before = *at;
+  if (value > before) *at = value;
+  return before;
+}
+
 }  // namespace simt

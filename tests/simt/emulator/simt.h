@@ -99,7 +99,9 @@ void copy_wait(int groups_in_flight);
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 
-void atomic_add(float* at, float value);  // red.global.add.f32
+void atomic_add(float* at, float value);            // red.global.add.f32
+uint64_t atomic_add(uint64_t* at, uint64_t value);  // atom.global.add.u64: what was there before
+uint64_t atomic_max(uint64_t* at, uint64_t value);  // atom.global.max.u64
 void check_alignment(const void* at, size_t bytes);
 template <class T>
 T* aligned(auto* at) {

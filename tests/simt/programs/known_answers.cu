@@ -231,6 +231,18 @@ Outcome dependent_launch() {
   if (!status) status = llmcore::cuda::launch(first_grid_kernel, {}, kWords, 0, device, words);
   if (!status) status = llmcore::cuda::launch_dependent(second_grid_kernel, {}, kWords, 0, device, words);
   return compare(finished(status), out, expected);
+// Two 64-bit numbers, which thread 0 zeroes first: a sum whose carry crosses the word, and the largest by the high
+// word. What each thread finds before its addition, for threads in any order, sums to a known number too.
+__global__ void atomics_kernel(Words w) {
+  uint64_t* out = reinterpret_cast<uint64_t*>(w.out);
+  if (threadIdx.x < 3) out[threadIdx.x] = 0;
+  ptx::syncthreads();
+  const uint64_t before = ptx::atomic_add(out, uint64_t{1} << 31);
+  ptx::atomic_add(out + 2, before >> 31);
+  const uint64_t high = threadIdx.x * 7 % 32;
+  ptx::atomic_max(out + 1, high << 32 | threadIdx.x);
+Outcome atomics() {  // 32 * 2^31; thread 9 has the high word 31; 0 + 1 + ... + 31
+  return run(atomics_kernel, 32, {}, std::vector<uint32_t>{0, 16, 9, 31, 496, 0});
 }
 
 // ---- tensor cores
@@ -465,6 +477,7 @@ std::vector<Correct> known_answers() {
       {"product", product},
       {"red_add", red_add},
       {"dependent_launch", dependent_launch},
+      {"atomics", atomics},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
       {"mma_bf16", mma<bf16>},
