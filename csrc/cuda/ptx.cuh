@@ -72,6 +72,9 @@ PTX_DEVICE void store_global_16(void* p, const Vec16& v) {
                : "memory");
 }
 PTX_DEVICE void red_add(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
+PTX_DEVICE void red_add(int32_t* p, int32_t x) {  // in global or shared memory
+  asm volatile("red.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
 
 // ---- synchronisation and exchange
 PTX_DEVICE void syncthreads() { __syncthreads(); }
@@ -85,6 +88,9 @@ PTX_DEVICE void syncwarp() { __syncwarp(); }
 PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return __shfl_sync(kFullMask, x, from_lane); }
 PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return __shfl_xor_sync(kFullMask, x, lane_mask); }
 PTX_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(kFullMask, predicate); }
+// Of the warp's 32 values (redux.sync), for every lane.
+PTX_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kFullMask, x); }
+PTX_DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(kFullMask, x); }
 
 // ---- arithmetic
 PTX_DEVICE float exp2(float x) {
@@ -104,6 +110,7 @@ PTX_DEVICE float reciprocal(float x) {  // relative error 2^-23
   return y;
 }
 PTX_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself: never fused into an fma
+PTX_DEVICE int popcount(uint32_t x) { return __popc(x); }
 // Byte i of the result is byte (selector >> 4 i & 7) of the eight bytes (high, low).
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
@@ -180,6 +187,7 @@ PTX_DEVICE Vec16 load_global_16(const void* p) { return *simt::aligned<const Vec
 PTX_DEVICE Vec16 load_cached_16(const void* p) { return *simt::aligned<const Vec16>(p); }
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
+PTX_DEVICE void red_add(int32_t* p, int32_t x) { simt::atomic_add(p, x); }
 
 PTX_DEVICE void syncthreads() { simt::barrier_sync(0, 0); }
 PTX_DEVICE void barrier_sync(int id, int threads) { simt::barrier_sync(id, threads); }
@@ -188,6 +196,8 @@ PTX_DEVICE void syncwarp() { simt::syncwarp(kFullMask); }
 PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return simt::shfl(kFullMask, x, from_lane); }
 PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return simt::shfl_xor(kFullMask, x, lane_mask); }
 PTX_DEVICE uint32_t ballot(bool predicate) { return simt::ballot(kFullMask, predicate); }
+PTX_DEVICE uint32_t warp_max(uint32_t x) { return simt::warp_max(kFullMask, x); }
+PTX_DEVICE uint32_t warp_min(uint32_t x) { return simt::warp_min(kFullMask, x); }
 
 PTX_DEVICE float exp2(float x) { return x < -126.f ? 0.f : ::exp2f(x); }
 PTX_DEVICE float tanh_approx(float x) { return ::tanhf(x); }
@@ -198,6 +208,7 @@ PTX_DEVICE float product(float x, float y) {
   asm("" : "+x"(xy));  // hidden from a compiler that would fuse it
   return xy;
 }
+PTX_DEVICE int popcount(uint32_t x) { return __builtin_popcount(x); }
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t r = 0;

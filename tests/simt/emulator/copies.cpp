@@ -85,5 +85,9 @@ void atomic_add(float* at, float value) {
   race::Ignore ignore;
   *at += value;
 }
+void atomic_add(int32_t* at, int32_t value) {
+  race::Ignore ignore;
+  *at += value;
+}
 
 }  // namespace simt

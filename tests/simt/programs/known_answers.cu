@@ -88,6 +88,27 @@ Outcome ballot() {
   return run(ballot_kernel, 64, in, expected);
 }
 
+__global__ void warp_extremes_kernel(Words w) {
+  w.out[threadIdx.x] = ptx::warp_max(w.in[threadIdx.x]);
+  w.out[64 + threadIdx.x] = ptx::warp_min(w.in[threadIdx.x]);
+}
+Outcome warp_extremes() {  // as unsigned numbers
+  std::vector<uint32_t> in(64, 0x80000001u), expected(128, 0x80000001u);
+  in[5] = 0xfffffff0u, in[30] = 7, in[33] = 0x7fffffffu, in[63] = 0x80000002u;
+  for (int l = 0; l < 32; ++l)
+    expected[l] = in[5], expected[32 + l] = in[63], expected[64 + l] = in[30], expected[96 + l] = in[33];
+  return run(warp_extremes_kernel, 64, in, expected);
+}
+
+__global__ void popcount_kernel(Words w) {
+  w.out[threadIdx.x] = static_cast<uint32_t>(ptx::popcount(w.in[threadIdx.x]));
+}
+Outcome popcount() {
+  std::vector<uint32_t> in, expected;
+  for (uint32_t l = 0; l < 32; ++l) in.push_back(~0u >> l & ~2u), expected.push_back(l < 31 ? 31 - l : 1);
+  return run(popcount_kernel, 32, in, expected);
+}
+
 // ---- barriers
 // --------------------------------------------------------------------------------------------------------
 
@@ -181,6 +202,22 @@ __global__ void red_add_kernel(Words w) {  // words 0 to 3, which one thread zer
   ptx::red_add(out + threadIdx.x % 4, static_cast<float>(threadIdx.x));
 }
 Outcome red_add() { return run(red_add_kernel, 64, {}, words_of({480.f, 496.f, 512.f, 528.f})); }
+
+__global__ void red_add_int_kernel(Words w) {  // in shared memory, then in global memory
+  PTX_SHARED_MEMORY(memory);
+  int32_t* sums = reinterpret_cast<int32_t*>(memory);
+  int32_t* out = reinterpret_cast<int32_t*>(w.out);
+  if (threadIdx.x < 4) sums[threadIdx.x] = out[threadIdx.x] = 0;
+  ptx::syncthreads();
+  ptx::red_add(sums + threadIdx.x % 4, static_cast<int32_t>(threadIdx.x) - 40);
+  ptx::syncthreads();
+  ptx::red_add(out + threadIdx.x % 4, sums[threadIdx.x % 4]);
+}
+Outcome red_add_int() {
+  std::vector<uint32_t> expected;
+  for (int i = 0; i < 4; ++i) expected.push_back(static_cast<uint32_t>(16 * (480 + 16 * i - 640)));
+  return run(red_add_int_kernel, 64, {}, expected);
+}
 
 // ---- tensor cores
 // -----------------------------------------------------------------------------------------------------
@@ -381,6 +418,9 @@ std::vector<Correct> known_answers() {
       {"permute_bytes", permute_bytes},
       {"product", product},
       {"red_add", red_add},
+      {"red_add_int", red_add_int},
+      {"warp_extremes", warp_extremes},
+      {"popcount", popcount},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
       {"mma_bf16", mma<bf16>},
