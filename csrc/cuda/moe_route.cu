@@ -112,15 +112,17 @@ PTX_DEVICE void score(Scores& scores, int n, bool sigmoid) {
 // Chooses the experts of one token; lane j has the j-th in `mine` where top_k is at most 32, and all are written to
 // p.experts. False when the scores are not numbers.
 template <int PerLane, class Scores, class Keys>
-PTX_DEVICE bool choose(const MoeRouteParams& p, int64_t token, Scores& scores, Keys& keys, uint32_t* memory,
-                       int& mine) {
+PTX_DEVICE bool choose(const MoeRouteParams& p, int token, Scores& scores, Keys& keys, uint32_t* memory, int& mine) {
   const int n = static_cast<int>(p.num_experts), top_k = static_cast<int>(p.top_k);
   bool numbers = true;
-  each<PerLane>(n, [&](int i, int e) {
-    const float choice = PerLane == 0 || e < n ? scores[i] + (p.bias ? p.bias[e] : 0.f) : 0.f;
+  const auto set = [&](int i, int e, float choice) {
     numbers = numbers && choice == choice;
-    keys[i] = PerLane == 0 || e < n ? key_of(choice) : kNotThere;
-  });
+    keys[i] = e < n ? key_of(choice) : kNotThere;
+  };
+  if (p.bias)
+    each<PerLane>(n, [&](int i, int e) { set(i, e, scores[i] + (e < n ? p.bias[e] : 0.f)); });
+  else
+    each<PerLane>(n, [&](int i, int e) { set(i, e, scores[i]); });
   numbers = ptx::ballot(!numbers) == 0;
   if (p.topk_groups < p.num_groups && numbers) {
     if constexpr (PerLane > 0)
@@ -133,7 +135,8 @@ PTX_DEVICE bool choose(const MoeRouteParams& p, int64_t token, Scores& scores, K
         if (e < n) keys[i] = memory[e];
       });
   }
-  int32_t* experts = p.experts + token * p.top_k;
+  int32_t* experts = p.experts + int64_t{token} * p.top_k;
+#pragma unroll 1
   for (int j = 0; j < top_k; ++j) {
     const int best = numbers ? take_best<PerLane>(keys, n) : j;
     if (lane_id() == j % 32) mine = best;
@@ -145,10 +148,10 @@ PTX_DEVICE bool choose(const MoeRouteParams& p, int64_t token, Scores& scores, K
 
 // Weights of one token, whose scores and experts are in global memory, and the tally of its experts.
 template <bool Held>
-PTX_DEVICE void weigh(const MoeRouteParams& p, int64_t token, bool numbers, int mine, int32_t* tally) {
-  const float* scores = p.scores + token * p.num_experts;
-  const int32_t* experts = p.experts + token * p.top_k;
-  float* weights = p.weights + token * p.top_k;
+PTX_DEVICE void weigh(const MoeRouteParams& p, int token, bool numbers, int mine, int32_t* tally) {
+  const float* scores = p.scores + int64_t{token} * p.num_experts;
+  const int32_t* experts = p.experts + int64_t{token} * p.top_k;
+  float* weights = p.weights + int64_t{token} * p.top_k;
   const int top_k = static_cast<int>(p.top_k);
   ptx::syncwarp();  // other lanes wrote the scores
   float sum = 0.f, chosen = 0.f;
@@ -168,60 +171,75 @@ PTX_DEVICE void weigh(const MoeRouteParams& p, int64_t token, bool numbers, int 
   }
 }
 
-// PerLane > 0: at most 32 * PerLane experts, in registers, and top_k of at most 32. PerLane 0: any.
+// This lane's logits of a token; of none, when it is not below `end`.
 template <class T, int PerLane>
-__global__ void __launch_bounds__(kThreads) route(MoeRouteParams p, SortPlan plan) {
-  constexpr bool kHeld = PerLane > 0;
+PTX_DEVICE void fetch_logits(const MoeRouteParams& p, int token, int end, T (&row)[PerLane]) {
+  if (token >= end) return;
+  const int n = static_cast<int>(p.num_experts);
+  const T* logits = static_cast<const T*>(p.logits) + int64_t{token} * p.logits_stride;
+  each<PerLane>(n, [&](int i, int e) { row[i] = e < n ? logits[e] : T{}; });
+}
+
+// At most 32 * PerLane experts and top_k of at most 32: everything in registers. `memory` is for the groups.
+template <class T, int PerLane>
+PTX_DEVICE void route_held(const MoeRouteParams& p, int begin, int end, uint32_t* memory, int32_t* tally) {
+  constexpr bool kAhead = PerLane <= 8;  // the next token's logits are on their way while one is worked on
+  const int n = static_cast<int>(p.num_experts);
+  T row[PerLane] = {};
+  if (kAhead) fetch_logits(p, begin, end, row);
+  for (int token = begin; token < end; token += kWarps) {
+    if (!kAhead) fetch_logits(p, token, end, row);
+    float scores[PerLane];
+    each<PerLane>(n, [&](int i, int e) { scores[i] = e < n ? to_float(row[i]) : -INFINITY; });
+    if (kAhead) fetch_logits(p, token + kWarps, end, row);
+    score<PerLane>(scores, n, p.sigmoid);
+    float* out = p.scores + int64_t{token} * p.num_experts;
+    each<PerLane>(n, [&](int i, int e) {
+      if (e < n) out[e] = scores[i];
+    });
+    uint32_t keys[PerLane];
+    int mine = 0;
+    const bool numbers = choose<PerLane>(p, token, scores, keys, memory, mine);
+    weigh<true>(p, token, numbers, mine, tally);
+  }
+}
+
+// Any number: scores where they belong, keys in `memory`.
+template <class T>
+PTX_DEVICE void route_stored(const MoeRouteParams& p, int begin, int end, uint32_t* memory, int32_t* tally) {
+  const int n = static_cast<int>(p.num_experts);
+  for (int token = begin; token < end; token += kWarps) {
+    const T* logits = static_cast<const T*>(p.logits) + int64_t{token} * p.logits_stride;
+    float* scores = p.scores + int64_t{token} * p.num_experts;
+    each<0>(n, [&](int, int e) { scores[e] = to_float(logits[e]); });
+    score<0>(scores, n, p.sigmoid);
+    int mine = 0;
+    const bool numbers = choose<0>(p, token, scores, memory, memory, mine);
+    weigh<false>(p, token, numbers, mine, tally);
+  }
+}
+
+// PerLane 0: route_stored. A CTA's memory is its tally of the experts, then for each warp the keys of experts and
+// groups: shared where it fits, else in the workspace, where the tally is the CTA's row of counts.
+template <class T, int PerLane>
+__global__ void __launch_bounds__(kThreads, 1) route(MoeRouteParams p, SortPlan plan) {
   PTX_SHARED_MEMORY(shared);
   const int n = static_cast<int>(p.num_experts), warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t per_warp = p.num_experts + p.num_groups;  // words of memory for keys
+  const int64_t keys = p.num_experts + p.num_groups;  // of a warp
   int32_t* const counts = static_cast<int32_t*>(p.workspace) + blockIdx.x * p.num_experts;
-  int32_t* const tally = kHeld ? reinterpret_cast<int32_t*>(shared) : counts;
-  uint32_t* const memory = kHeld ? reinterpret_cast<uint32_t*>(shared) + p.num_experts + warp * per_warp
-                                 : static_cast<uint32_t*>(p.workspace) +
-                                       sort_workspace(plan, p.num_experts) / sizeof(int32_t) +
-                                       (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * per_warp;
+  int32_t* const tally = PerLane ? reinterpret_cast<int32_t*>(shared) : counts;
   for (int e = static_cast<int>(threadIdx.x); e < n; e += kThreads) tally[e] = 0;
   ptx::syncthreads();
-
-  const int64_t begin = blockIdx.x * plan.tokens_per_cta, end = begin + plan.tokens_per_cta;
-  const int64_t last = end < p.tokens ? end : p.tokens;
-  [[maybe_unused]] T next[kHeld ? PerLane : 1] = {};  // the next token's logits: on their way while one is worked on
-  const auto fetch_next = [&](int64_t token) {
-    if constexpr (kHeld)
-      if (token < last) {
-        const T* logits = static_cast<const T*>(p.logits) + token * p.logits_stride;
-        each<PerLane>(n, [&](int i, int e) {
-          if (e < n) next[i] = logits[e];
-        });
-      }
-  };
-  fetch_next(begin + warp);
-  for (int64_t token = begin + warp; token < last; token += kWarps) {
-    float* const out = p.scores + token * p.num_experts;
-    int mine = 0;
-    bool numbers;
-    if constexpr (kHeld) {
-      float scores[PerLane];
-      uint32_t keys[PerLane];
-      each<PerLane>(n, [&](int i, int e) { scores[i] = e < n ? to_float(next[i]) : -INFINITY; });
-      fetch_next(token + kWarps);
-      score<PerLane>(scores, n, p.sigmoid);
-      each<PerLane>(n, [&](int i, int e) {
-        if (e < n) out[e] = scores[i];
-      });
-      numbers = choose<PerLane>(p, token, scores, keys, memory, mine);
-    } else {
-      const T* logits = static_cast<const T*>(p.logits) + token * p.logits_stride;
-      uint32_t* keys = memory;
-      float* scores = out;
-      each<0>(n, [&](int, int e) { scores[e] = to_float(logits[e]); });
-      score<0>(scores, n, p.sigmoid);
-      numbers = choose<0>(p, token, scores, keys, memory, mine);
-    }
-    weigh<kHeld>(p, token, numbers, mine, tally);
-  }
-  if constexpr (kHeld) {
+  // 32 bits hold a token's number, as they hold the rows'; an offset takes 64
+  const int64_t next = (blockIdx.x + 1) * plan.tokens_per_cta;
+  const int begin = static_cast<int>(next - plan.tokens_per_cta) + warp;
+  const int end = static_cast<int>(next < p.tokens ? next : p.tokens);
+  if constexpr (PerLane == 0) {
+    uint32_t* memory = static_cast<uint32_t*>(p.workspace) + sort_workspace(plan, p.num_experts) / sizeof(uint32_t);
+    route_stored<T>(p, begin, end, memory + (int64_t{blockIdx.x} * kWarps + warp) * keys, tally);
+  } else {
+    uint32_t* memory = reinterpret_cast<uint32_t*>(shared) + p.num_experts;
+    route_held<T, PerLane>(p, begin, end, memory + warp * keys, tally);
     ptx::syncthreads();
     for (int e = static_cast<int>(threadIdx.x); e < n; e += kThreads) counts[e] = tally[e];
   }

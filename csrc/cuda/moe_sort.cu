@@ -30,7 +30,7 @@ PTX_DEVICE int expert_of(const MoeSortParams& p, int64_t assignment) {
 
 // ---- the counts of each CTA
 
-__global__ void __launch_bounds__(kThreads) count(MoeSortParams p, SortPlan plan) {
+__global__ void __launch_bounds__(kThreads, 1) count(MoeSortParams p, SortPlan plan) {
   PTX_SHARED_MEMORY(shared);
   const bool fits = p.num_experts <= kSharedInts;
   int32_t* of_cta = static_cast<int32_t*>(p.workspace) + blockIdx.x * p.num_experts;
@@ -147,7 +147,7 @@ PTX_DEVICE void scan(const MoeSortParams& p, const SortPlan& plan, const Table& 
   if (blockIdx.x == 0 && threadIdx.x == 0) p.offsets[p.num_experts] = lower;
 }
 
-__global__ void __launch_bounds__(kThreads) write_rows(MoeSortParams p, SortPlan plan) {
+__global__ void __launch_bounds__(kThreads, 1) write_rows(MoeSortParams p, SortPlan plan) {
   PTX_SHARED_MEMORY(shared);
   const Table table = table_of(p, plan, shared);
   const int warp = static_cast<int>(threadIdx.x) / 32;
