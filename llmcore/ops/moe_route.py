@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,18 @@ from torch import Tensor
 from llmcore import reference
 from llmcore.ops.moe_permute import sort_by_torch
 from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
-from llmcore.reference import Routing
+
+
+class Routing(NamedTuple):
+    """What `moe_route` gives: each token's experts with their weights, and the rows of a stable sort of these (token,
+    slot) pairs by expert (see `llmcore.ops.moe_sort`)."""
+
+    weights: Tensor  # (tokens, top_k) float32
+    experts: Tensor  # (tokens, top_k) int32, best first
+    scores: Tensor  # (tokens, num_experts) float32
+    offsets: Tensor  # (num_experts + 1,) int32
+    row_of: Tensor  # (tokens, top_k) int32
+    token_of: Tensor  # (tokens * top_k,) int32
 
 
 def moe_route(
@@ -51,8 +63,7 @@ def moe_route(
         scale: factor on the weights.
 
     Returns:
-        `Routing`: weights (tokens, top_k) float32, experts (tokens, top_k) int32, scores (tokens, num_experts) float32,
-        offsets (num_experts + 1,) int32, row_of (tokens, top_k) int32, token_of (tokens * top_k,) int32.
+        `Routing`.
 
     Raises:
         RuntimeError: naming the token, when its scores are not numbers: a NaN logit or, under softmax, +inf or
@@ -62,9 +73,11 @@ def moe_route(
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f"moe_route: score is {score!r}; accepted: 'softmax', 'sigmoid'")
     if not use_kernel("moe_route", logits):
-        return reference.moe_route(
-            logits, top_k, score=score, bias=bias, num_groups=num_groups, topk_groups=topk_groups,
-            renormalize=renormalize, scale=scale,
+        return Routing(
+            *reference.moe_route(
+                logits, top_k, score=score, bias=bias, num_groups=num_groups, topk_groups=topk_groups,
+                renormalize=renormalize, scale=scale,
+            )
         )  # fmt: skip
     return Routing(
         *torch.ops.llmcore.moe_route(

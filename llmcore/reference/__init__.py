@@ -8,12 +8,11 @@ from llmcore.reference.attention import attention, paged_attention
 from llmcore.reference.glu import geglu, swiglu
 from llmcore.reference.kv_cache import kv_cache_write
 from llmcore.reference.losses import linear_cross_entropy
-from llmcore.reference.moe import Routing, grouped_gemm, moe_combine, moe_dispatch, moe_route, moe_sort
+from llmcore.reference.moe import grouped_gemm, moe_combine, moe_dispatch, moe_route, moe_sort
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.rope import rope, rope_
 
 __all__ = [
-    "Routing",
     "attention",
     "dyt",
     "geglu",

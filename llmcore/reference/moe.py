@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from llmcore.reference.checks import check, check_indices, check_offsets, check_shape
 from llmcore.reference.norms import _compute_dtype
-
-
-class Routing(NamedTuple):
-    """What `moe_route` gives: each token's experts with their weights, and the rows of a stable sort of these (token,
-    slot) pairs by expert (see `llmcore.ops.moe_sort`)."""
-
-    weights: Tensor  # (tokens, top_k) float32
-    experts: Tensor  # (tokens, top_k) int32, best first
-    scores: Tensor  # (tokens, num_experts) float32
-    offsets: Tensor  # (num_experts + 1,) int32
-    row_of: Tensor  # (tokens, top_k) int32
-    token_of: Tensor  # (tokens * top_k,) int32
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
@@ -38,8 +24,8 @@ def moe_route(
     topk_groups: int = 1,
     renormalize: bool = True,
     scale: float = 1.0,
-) -> Routing:
-    """See `llmcore.ops.moe_route`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `llmcore.ops.moe_route`; here a plain tuple."""
     tokens, num_experts = logits.shape
     check(
         num_groups >= 1 and num_experts % num_groups == 0 and 1 <= topk_groups <= num_groups
@@ -65,7 +51,7 @@ def moe_route(
     weights = scores.gather(1, experts)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return Routing(weights * scale, experts.int(), scores, *moe_sort(experts.int(), num_experts))
+    return weights * scale, experts.int(), scores, *moe_sort(experts.int(), num_experts)
 
 
 def moe_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,13 +20,14 @@ void sort_clamped(const MoeSortParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-// Several CTAs, and ids outside; more experts than a CTA has threads; a table that is too large for shared memory.
+// Several CTAs, in some of whose warps 32 pairs follow 32 others, and ids outside; more experts than a CTA has threads;
+// a table that is too large for shared memory.
 RACE_CASE(moe_sort) {
   struct Call {
     const char* label;
     int64_t tokens, top_k, num_experts;
   };
-  for (const Call& c : {Call{"small", 70, 3, 11}, {"many experts", 5, 2, 1500}, {"more experts", 5, 2, 25000}}) {
+  for (const Call& c : {Call{"small", 110, 30, 11}, {"many experts", 5, 2, 1500}, {"more experts", 5, 2, 25000}}) {
     const int64_t n = c.tokens * c.top_k;
     const Tensor experts =
         integers(n, [&](int64_t i) { return i % 29 == 5 ? (i - 63) * 30000000 : i % 7 * 37 % c.num_experts; });

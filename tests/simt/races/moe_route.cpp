@@ -5,7 +5,7 @@
 using namespace llmcore;
 using namespace races;
 
-// In registers and in memory, with groups and without; the first of several CTAs.
+// In registers and in memory, with groups and without; several CTAs, some of whose warps have two tokens.
 RACE_CASE(moe_route_forward) {
   struct Call {
     const char* label;
@@ -13,9 +13,9 @@ RACE_CASE(moe_route_forward) {
     int64_t tokens, num_experts, top_k, num_groups, topk_groups;
     bool sigmoid, with_bias;
   };
-  for (const Call& c : {Call{"softmax", DType::bf16, 70, 40, 3, 1, 1, false, false},
-                        Call{"groups and bias", DType::f32, 40, 64, 4, 8, 3, true, true},
-                        Call{"in memory", DType::f16, 33, 72, 33, 6, 3, false, true}}) {
+  for (const Call& c : {Call{"softmax", DType::bf16, 110, 40, 3, 1, 1, false, false},
+                        Call{"groups and bias", DType::f32, 110, 64, 4, 8, 3, true, true},
+                        Call{"in memory", DType::f16, 110, 72, 33, 6, 3, false, true}}) {
     const int64_t rows = c.tokens * c.top_k;
     const Tensor logits = random_normal(c.dtype, c.tokens * c.num_experts),
                  bias = random_normal(DType::f32, c.num_experts), scratch(DType::f32, 2 * c.num_experts + c.num_groups);
