@@ -59,6 +59,7 @@ class Case:
         for name, function in self.implementations().items():
             for i, (got, want) in enumerate(zip(self.call(function), expected)):
                 if not want.is_floating_point():
+                    assert torch.equal(got, want), f"{self.name}: {name}'s tensor {i} is another"
                     continue
                 agree = (PEER_AGREE if name == "torch" else AGREE)[self.dtype]
                 error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
@@ -86,7 +87,7 @@ def _tensors(output) -> list[Tensor]:
     return [t for item in output or () for t in _tensors(item)] if isinstance(output, (tuple, list)) else []
 
 
-def cases(dtypes=(torch.float32, torch.bfloat16), only: str = "") -> Iterator[Case]:
+def cases(dtypes=(torch.float32, torch.bfloat16, torch.int32), only: str = "") -> Iterator[Case]:
     for name, spec in sorted(registry.items()):
         if only not in name or spec.benchmarks is None:
             continue

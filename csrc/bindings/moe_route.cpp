@@ -3,12 +3,31 @@
 #include <cmath>
 
 #include "common.h"
+#include "workspace.h"
 
 namespace llmcore {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k, bool sigmoid, const OptTensor& bias,
-                                             int64_t num_groups, int64_t topk_groups, bool renormalize, double scale) {
+using Routing = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+int32_t* int_data(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
+const float* data_or_null(const OptTensor& t) { return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr; }
+
+Tensor checked_bias(const Tensor& bias, const Tensor& logits) {
+  check_device(bias, logits, "moe_route: bias");
+  check_dtype(bias, ScalarType::Float, "moe_route: bias");
+  check_shape(bias, {logits.size(1)}, "moe_route: bias");
+  const Tensor b = dense(bias);
+  if (!b.is_cpu()) return b;
+  const float* values = static_cast<const float*>(b.const_data_ptr());
+  for (int64_t e = 0; e < b.numel(); ++e)
+    LLMCORE_CHECK(std::isfinite(values[e]), "moe_route: bias[", e, "] is ", values[e], "; it must be finite");
+  return b;
+}
+
+Routing moe_route(const Tensor& logits, int64_t top_k, bool sigmoid, const OptTensor& bias, int64_t num_groups,
+                  int64_t topk_groups, bool renormalize, double scale) {
   const DType dtype = float_dtype(logits, "moe_route: logits");
   check_dim(logits, 2, "moe_route: logits", "(tokens, num_experts)");
   const int64_t tokens = logits.size(0), num_experts = logits.size(1);
@@ -21,23 +40,20 @@ std::tuple<Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k
   const int64_t candidates = num_experts / num_groups * topk_groups;
   LLMCORE_CHECK(top_k >= 1 && top_k <= candidates, "moe_route: top_k is ", top_k, "; accepted: 1 to ", candidates,
                 ", the number of experts in the chosen groups");
+  LLMCORE_CHECK(tokens * top_k <= INT32_MAX, "moe_route: ", tokens, " tokens x ", top_k, " experts are ",
+                tokens * top_k, " rows; at most 2147483647 can be addressed");
   OptTensor b;
-  if (bias) {
-    check_cpu(*bias, "moe_route: bias");
-    check_dtype(*bias, ScalarType::Float, "moe_route: bias");
-    check_shape(*bias, {num_experts}, "moe_route: bias");
-    b = dense(*bias);
-    const float* values = static_cast<const float*>(b->const_data_ptr());
-    for (int64_t e = 0; e < num_experts; ++e)
-      LLMCORE_CHECK(std::isfinite(values[e]), "moe_route: bias[", e, "] is ", values[e], "; it must be finite");
-  }
+  if (bias) b = checked_bias(*bias, logits);
   const Rows rows = as_rows(logits);
-  const Parallel par = torch_parallel();
   Tensor weights = empty(logits, {tokens, top_k}, ScalarType::Float);
   Tensor experts = empty(logits, {tokens, top_k}, ScalarType::Int);
   Tensor scores = empty(logits, {tokens, num_experts}, ScalarType::Float);
-  Tensor scratch = empty(logits, {par.threads, 2 * num_experts + num_groups}, ScalarType::Float);
-  std::vector<int64_t> bad_token(par.threads, -1);
+  Tensor offsets = empty(logits, {num_experts + 1}, ScalarType::Int);
+  Tensor row_of = empty(logits, {tokens, top_k}, ScalarType::Int);
+  Tensor token_of = empty(logits, {tokens * top_k}, ScalarType::Int);
+  const int64_t threads = logits.is_cpu() ? torch_parallel().threads : 0;
+  const Tensor scratch = empty(logits, {threads, 2 * num_experts + num_groups}, ScalarType::Float);
+  std::vector<int64_t> bad_token(threads, -1);
   MoeRouteParams p{dtype,
                    tokens,
                    num_experts,
@@ -50,73 +66,79 @@ std::tuple<Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k
                    static_cast<float>(scale),
                    rows.tensor.const_data_ptr(),
                    rows.stride,
-                   b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
-                   static_cast<float*>(weights.mutable_data_ptr()),
-                   static_cast<int32_t*>(experts.mutable_data_ptr()),
-                   static_cast<float*>(scores.mutable_data_ptr()),
-                   static_cast<float*>(scratch.mutable_data_ptr()),
-                   bad_token.data()};
-  cpu::moe_route_forward(p, par);
+                   data_or_null(b),
+                   float_data(weights),
+                   int_data(experts),
+                   float_data(scores),
+                   int_data(offsets),
+                   int_data(row_of),
+                   int_data(token_of),
+                   bad_token.data(),
+                   float_data(scratch),
+                   nullptr};
+  const Tensor memory = LLMCORE_WORKSPACE(p, logits, moe_route_workspace);
+  LLMCORE_RUN(moe_route_forward, logits, p);
   int64_t bad = -1;
   for (int64_t t : bad_token)
     if (t >= 0 && (bad < 0 || t < bad)) bad = t;
   LLMCORE_CHECK(bad < 0, "moe_route: the logits of token ", bad,
                 sigmoid ? " hold NaN; accepted: any number"
                         : " hold NaN or +inf, or are all -inf; accepted: finite logits, and -inf beside a finite one");
-  return {weights, experts, scores};
+  return {weights, experts, scores, offsets, row_of, token_of};
+}
+
+// A float32 gradient of the given shape, or none.
+OptTensor checked_gradient(const OptTensor& t, const Tensor& scores, int64_t columns, const char* what) {
+  if (!t) return std::nullopt;
+  check_device(*t, scores, what);
+  check_dtype(*t, ScalarType::Float, what);
+  check_shape(*t, {scores.size(0), columns}, what);
+  return dense(*t);
 }
 
 Tensor moe_route_backward(const OptTensor& dweights, const OptTensor& dscores, const Tensor& scores,
                           const Tensor& experts, bool sigmoid, bool renormalize, double scale) {
-  check_cpu(scores, "moe_route_backward: scores");
   check_dtype(scores, ScalarType::Float, "moe_route_backward: scores");
   check_dim(scores, 2, "moe_route_backward: scores", "(tokens, num_experts)");
   const int64_t tokens = scores.size(0), num_experts = scores.size(1);
   LLMCORE_CHECK(num_experts >= 1, "moe_route_backward: scores has shape ", shape_text(scores));
-  check_cpu(experts, "moe_route_backward: experts");
+  check_device(experts, scores, "moe_route_backward: experts");
   check_dtype(experts, ScalarType::Int, "moe_route_backward: experts");
   check_dim(experts, 2, "moe_route_backward: experts", "(tokens, top_k)");
   const int64_t top_k = experts.size(1);
   check_shape(experts, {tokens, top_k}, "moe_route_backward: experts");
   const Tensor s = dense(scores), e = dense(experts);
   const int32_t* ids = static_cast<const int32_t*>(e.const_data_ptr());
-  for (int64_t i = 0; i < tokens * top_k; ++i)
-    LLMCORE_CHECK(ids[i] >= 0 && ids[i] < num_experts, "moe_route_backward: experts[", i / top_k, ", ", i % top_k,
-                  "] is ", ids[i], "; accepted: 0 to ", num_experts - 1);
-  OptTensor dw, ds;
-  if (dweights) {
-    check_cpu(*dweights, "moe_route_backward: dweights");
-    check_dtype(*dweights, ScalarType::Float, "moe_route_backward: dweights");
-    check_shape(*dweights, {tokens, top_k}, "moe_route_backward: dweights");
-    dw = dense(*dweights);
-  }
-  if (dscores) {
-    check_cpu(*dscores, "moe_route_backward: dscores");
-    check_dtype(*dscores, ScalarType::Float, "moe_route_backward: dscores");
-    check_shape(*dscores, {tokens, num_experts}, "moe_route_backward: dscores");
-    ds = dense(*dscores);
-  }
+  if (e.is_cpu())
+    for (int64_t i = 0; i < tokens * top_k; ++i)
+      LLMCORE_CHECK(ids[i] >= 0 && ids[i] < num_experts, "moe_route_backward: experts[", i / top_k, ", ", i % top_k,
+                    "] is ", ids[i], "; accepted: 0 to ", num_experts - 1);
+  const OptTensor dw = checked_gradient(dweights, s, top_k, "moe_route_backward: dweights");
+  const OptTensor ds = checked_gradient(dscores, s, num_experts, "moe_route_backward: dscores");
   Tensor dlogits = empty(scores, {tokens, num_experts});
-  MoeRouteBackwardParams p{tokens,
-                           num_experts,
-                           top_k,
-                           sigmoid,
-                           renormalize,
-                           static_cast<float>(scale),
-                           dw ? static_cast<const float*>(dw->const_data_ptr()) : nullptr,
-                           ds ? static_cast<const float*>(ds->const_data_ptr()) : nullptr,
-                           static_cast<const float*>(s.const_data_ptr()),
-                           ids,
-                           static_cast<float*>(dlogits.mutable_data_ptr())};
-  cpu::moe_route_backward(p, torch_parallel());
+  const MoeRouteBackwardParams p{tokens,
+                                 num_experts,
+                                 top_k,
+                                 sigmoid,
+                                 renormalize,
+                                 static_cast<float>(scale),
+                                 data_or_null(dw),
+                                 data_or_null(ds),
+                                 static_cast<const float*>(s.const_data_ptr()),
+                                 ids,
+                                 float_data(dlogits)};
+  LLMCORE_RUN(moe_route_backward, scores, p);
   return dlogits;
+}
+
+template <class Library>
+void register_kernels(Library& m) {
+  m.impl("moe_route", TORCH_BOX(&moe_route));
+  m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
-  m.impl("moe_route", TORCH_BOX(&moe_route));
-  m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
-}
+LLMCORE_REGISTER(register_kernels)
 
 }  // namespace llmcore

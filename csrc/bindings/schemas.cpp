@@ -21,10 +21,12 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
       "rms_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)");
   m.def(
       "moe_route(Tensor logits, int top_k, bool sigmoid, Tensor? bias, int num_groups, int topk_groups, "
-      "bool renormalize, float scale) -> (Tensor weights, Tensor experts, Tensor scores)");
+      "bool renormalize, float scale) -> (Tensor weights, Tensor experts, Tensor scores, Tensor offsets, "
+      "Tensor row_of, Tensor token_of)");
   m.def(
       "moe_route_backward(Tensor? dweights, Tensor? dscores, Tensor scores, Tensor experts, bool sigmoid, "
       "bool renormalize, float scale) -> Tensor dlogits");
+  m.def("moe_sort(Tensor experts, int num_experts) -> (Tensor offsets, Tensor row_of, Tensor token_of)");
   m.def("moe_dispatch(Tensor x, Tensor experts, int num_experts) -> (Tensor x_sorted, Tensor offsets, Tensor row_of)");
   m.def("moe_dispatch_backward(Tensor dx_sorted, Tensor row_of) -> Tensor dx");
   m.def("moe_combine(Tensor y_sorted, Tensor weights, Tensor row_of) -> Tensor out");

@@ -79,12 +79,16 @@ void gather(const MoeGatherParams& p, const Parallel& par) {
 // One thread: 4 bytes per assignment against the whole rows that are moved after it.
 void moe_sort(const MoeSortParams& p, const Parallel&) {
   int32_t* offsets = p.offsets;
+  const int64_t assignments = p.tokens * p.top_k;
   for (int64_t e = 0; e <= p.num_experts; ++e) offsets[e] = 0;
-  for (int64_t a = 0; a < p.assignments; ++a) ++offsets[p.experts[a] + 1];
+  for (int64_t a = 0; a < assignments; ++a) ++offsets[p.experts[a] + 1];
   for (int64_t e = 0; e < p.num_experts; ++e) offsets[e + 1] += offsets[e];
-  for (int64_t a = 0; a < p.assignments; ++a) p.row_of[a] = offsets[p.experts[a]]++;
+  for (int64_t a = 0; a < assignments; ++a) p.row_of[a] = offsets[p.experts[a]]++;
   for (int64_t e = p.num_experts; e > 0; --e) offsets[e] = offsets[e - 1];  // each start had moved to its end
   offsets[0] = 0;
+  if (!p.token_of) return;
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t j = 0; j < p.top_k; ++j) p.token_of[p.row_of[t * p.top_k + j]] = static_cast<int32_t>(t);
 }
 
 void moe_scatter(const MoeScatterParams& p, const Parallel& par) {

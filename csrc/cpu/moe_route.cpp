@@ -1,5 +1,6 @@
 #include "llmcore/moe_route.h"
 
+#include "llmcore/moe_permute.h"
 #include "simd/simd.h"
 
 namespace llmcore {
@@ -116,6 +117,9 @@ void forward(const MoeRouteParams& p, const Parallel& par) {
 
 void moe_route_forward(const MoeRouteParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<T>(p, par))
+  for (int w = 0; w < par.threads; ++w)
+    if (p.bad_token[w] >= 0) return;
+  moe_sort({p.tokens, p.top_k, p.num_experts, p.experts, p.offsets, p.row_of, p.token_of, nullptr}, par);
 }
 
 // With s = scores, S = sum of the chosen: dL/ds_j = scale * (dw_j - sum_i dw_i s_i / S) / S for the chosen when

@@ -92,6 +92,9 @@ PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) {
   asm volatile("atom.global.max.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(x) : "memory");
   return before;
 }
+PTX_DEVICE void red_add(int32_t* p, int32_t x) {  // in global or shared memory
+  asm volatile("red.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
 
 // ---- synchronisation and exchange
 PTX_DEVICE void syncthreads() { __syncthreads(); }
@@ -105,6 +108,9 @@ PTX_DEVICE void syncwarp() { __syncwarp(); }
 PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return __shfl_sync(kFullMask, x, from_lane); }
 PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return __shfl_xor_sync(kFullMask, x, lane_mask); }
 PTX_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(kFullMask, predicate); }
+// Of the warp's 32 values (redux.sync), for every lane.
+PTX_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kFullMask, x); }
+PTX_DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(kFullMask, x); }
 
 // ---- between grids: programmatic dependent launch (sm_90; before, a grid starts when the one in front has ended)
 // Where all CTAs of a grid have called this or ended, a grid of launch_dependent() behind it may start. It says nothing
@@ -139,6 +145,7 @@ PTX_DEVICE float reciprocal(float x) {  // relative error 2^-23
   return y;
 }
 PTX_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself: never fused into an fma
+PTX_DEVICE int popcount(uint32_t x) { return __popc(x); }
 // Byte i of the result is byte (selector >> 4 i & 7) of the eight bytes (high, low).
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
@@ -232,6 +239,7 @@ PTX_DEVICE void shared_or(uint32_t* p, uint32_t x) {
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
 PTX_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) { return simt::atomic_add(p, x); }
 PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) { return simt::atomic_max(p, x); }
+PTX_DEVICE void red_add(int32_t* p, int32_t x) { simt::atomic_add(p, x); }
 
 PTX_DEVICE void syncthreads() { simt::barrier_sync(0, 0); }
 PTX_DEVICE void barrier_sync(int id, int threads) { simt::barrier_sync(id, threads); }
@@ -240,6 +248,8 @@ PTX_DEVICE void syncwarp() { simt::syncwarp(kFullMask); }
 PTX_DEVICE uint32_t shfl(uint32_t x, int from_lane) { return simt::shfl(kFullMask, x, from_lane); }
 PTX_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return simt::shfl_xor(kFullMask, x, lane_mask); }
 PTX_DEVICE uint32_t ballot(bool predicate) { return simt::ballot(kFullMask, predicate); }
+PTX_DEVICE uint32_t warp_max(uint32_t x) { return simt::warp_max(kFullMask, x); }
+PTX_DEVICE uint32_t warp_min(uint32_t x) { return simt::warp_min(kFullMask, x); }
 
 PTX_DEVICE void launch_dependents() {}
 PTX_DEVICE void wait_for_grids() { simt::wait_for_grids(); }
@@ -253,6 +263,7 @@ PTX_DEVICE float product(float x, float y) {
   asm("" : "+x"(xy));  // hidden from a compiler that would fuse it
   return xy;
 }
+PTX_DEVICE int popcount(uint32_t x) { return __builtin_popcount(x); }
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t r = 0;

@@ -109,14 +109,14 @@ class MoE(nn.Module):
             finite = torch.isfinite(logits).all(-1)
             if not finite.all():
                 raise FloatingPointError(f"the router's scores of token {int((~finite).nonzero()[0])} are not finite")
-        weights, experts, scores = ops.moe_route(logits, self.top_k, bias=self.expert_bias, **self.routing)
-        x_sorted, offsets, row_of = ops.moe_dispatch(tokens, experts, self.num_experts)
+        routing = ops.moe_route(logits, self.top_k, bias=self.expert_bias, **self.routing)
+        x_sorted, offsets, row_of = ops.moe_dispatch(tokens, routing.experts, self.num_experts)
         inner = gated(self.activation, ops.grouped_gemm(x_sorted, self.gate_up, offsets))
-        hidden = ops.moe_combine(ops.grouped_gemm(inner, self.down, offsets), weights, row_of)
+        hidden = ops.moe_combine(ops.grouped_gemm(inner, self.down, offsets), routing.weights, row_of)
         if self.shared is not None:
             hidden = hidden + self.shared(tokens)
         load = offsets.diff().long()
-        return MoEOutput(hidden.view_as(x), self._aux_loss(scores, load), load)
+        return MoEOutput(hidden.view_as(x), self._aux_loss(routing.scores, load), load)
 
     def _aux_loss(self, scores: Tensor, load: Tensor) -> Tensor | None:
         if self.balancing != "aux_loss":

@@ -12,8 +12,8 @@ from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.kv_cache_write import kv_cache_write
 from llmcore.ops.layer_norm import layer_norm
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
-from llmcore.ops.moe_permute import moe_combine, moe_dispatch
-from llmcore.ops.moe_route import moe_route
+from llmcore.ops.moe_permute import moe_combine, moe_dispatch, moe_sort
+from llmcore.ops.moe_route import Routing, moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
@@ -23,6 +23,7 @@ __all__ = [
     "BackendFallbackWarning",
     "BlockMask",
     "OpSpec",
+    "Routing",
     "Sample",
     "adamw_",
     "apply_penalties_",
@@ -40,6 +41,7 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_route",
+    "moe_sort",
     "paged_attention",
     "registry",
     "rms_norm",

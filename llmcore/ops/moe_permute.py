@@ -1,4 +1,4 @@
-"""Tokens to expert-contiguous order and back."""
+"""(token, slot) pairs sorted by expert; tokens to that order and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,31 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
+
+
+def moe_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts the (token, slot) pairs of a routing by expert: for experts that come from elsewhere, as `moe_route` has
+    sorted its own.
+
+    The sort is stable: within an expert, rows keep the order of (token, slot). Rows offsets[e] to offsets[e + 1] belong
+    to expert e. A token may name an expert more than once.
+
+    Args:
+        experts: (tokens, top_k) int32.
+        num_experts: one more than the largest id accepted.
+
+    Returns:
+        offsets (num_experts + 1,) int32; row_of (tokens, top_k) int32, the sorted row of each pair; token_of
+        (tokens * top_k,) int32, the token of each sorted row: token_of[row_of[t, j]] = t.
+
+    Raises:
+        RuntimeError: naming the id, when an expert lies outside [0, num_experts). On a CUDA device nobody looks: there
+            an id below 0 counts as 0, one above as num_experts - 1.
+    """
+    if not use_kernel("moe_sort", experts):
+        return reference.moe_sort(experts, num_experts)
+    return torch.ops.llmcore.moe_sort(experts, num_experts)
 
 
 def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +51,7 @@ def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, 
         x_sorted (tokens * top_k, dim) in x's dtype, offsets (num_experts + 1,) int32, row_of (tokens, top_k) int32.
 
     Raises:
-        RuntimeError: naming the id, when an expert lies outside [0, num_experts).
+        RuntimeError: naming the id, when an expert lies outside [0, num_experts). On a CUDA device as in `moe_sort`.
     """
     if not use_kernel("moe_dispatch", x):
         return reference.moe_dispatch(x, experts, num_experts)
@@ -48,11 +72,17 @@ def moe_combine(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
         (tokens, dim) in y_sorted's dtype.
 
     Raises:
-        RuntimeError: naming the row, when row_of is not a permutation of [0, tokens * top_k).
+        RuntimeError: naming the row, when row_of is not a permutation of [0, tokens * top_k). On a CUDA device nobody
+            looks.
     """
     if not use_kernel("moe_combine", y_sorted):
         return reference.moe_combine(y_sorted, weights, row_of)
     return torch.ops.llmcore.moe_combine(y_sorted, weights, row_of)
+
+
+@register_fake("moe_sort")
+def _(experts, num_experts):
+    return experts.new_empty(num_experts + 1), experts.new_empty(experts.shape), experts.new_empty(experts.numel())
 
 
 @register_fake("moe_dispatch")
@@ -116,6 +146,21 @@ def _experts(tokens: int, top_k: int, num_experts: int, make: torch.Generator) -
     return torch.rand(tokens, num_experts, generator=make).argsort(-1)[:, :top_k].int()
 
 
+def _sort_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    make = torch.Generator().manual_seed(0)
+
+    def call(tokens: int, top_k: int, experts: int) -> tuple[Tensor, int]:
+        return torch.randint(experts, (tokens, top_k), generator=make).to(device, dtype), experts
+
+    for tokens, top_k, experts in ((1, 1, 1), (3, 2, 4), (33, 3, 7), (97, 8, 128), (700, 6, 64), (40, 2, 512)):
+        yield Sample(f"{tokens}x{top_k} of {experts}", call(tokens, top_k, experts))
+    yield Sample("more experts than a CTA has threads", call(60, 3, 1500))
+    ids, experts = call(41, 2, 5)
+    yield Sample("all to one expert", (torch.full_like(ids, 3), experts))
+    yield Sample("transposed", (ids.t().contiguous().t(), experts))
+    yield Sample("no tokens", (ids[:0], experts))
+
+
 def _dispatch_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     make = torch.Generator().manual_seed(0)
 
@@ -163,18 +208,44 @@ def _combine_benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("4096x2x1024", (y.to(device, dtype), weights.to(device), rows.to(device)), {}, (0, 1))
 
 
-def _dispatch_peer(x: Tensor, experts: Tensor, num_experts: int):
-    flat = experts.flatten().long()
-    order = flat.argsort(stable=True)
-    offsets = torch.nn.functional.pad(torch.bincount(flat, minlength=num_experts).cumsum(0), (1, 0)).int()
-    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    return x[order // experts.shape[1]], offsets, row_of.view(experts.shape).int()
+def _dispatch_peer(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    offsets, row_of, token_of = sort_by_torch(experts, num_experts)
+    return x[token_of], offsets, row_of
 
 
 def _combine_peer(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
     return torch.einsum("tkd,tk->td", y_sorted[row_of], weights.to(y_sorted.dtype))
 
 
+def _sort_benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    make = torch.Generator().manual_seed(0)
+    yield Sample("32768 tokens, top 8 of 128", (_experts(32768, 8, 128, make).to(device, dtype), 128))
+
+
+def sort_by_torch(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`moe_sort` as one would write it in torch: what the kernels are timed beside."""
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    offsets = torch.nn.functional.pad(torch.bincount(flat, minlength=num_experts).cumsum(0), (1, 0)).int()
+    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=experts.device))
+    return offsets, row_of.view(experts.shape).int(), (order // experts.shape[1]).int()
+
+
+register(
+    OpSpec(
+        name="moe_sort",
+        op=moe_sort,
+        reference=reference.moe_sort,
+        torch_ops=("moe_sort",),
+        samples=_sort_samples,
+        dtypes={"cpu": (torch.int32,), "cuda": (torch.int32,)},
+        reference_dtypes=(torch.int32,),
+        features=("stable order", "any number of experts"),
+        benchmarks=_sort_benchmarks,
+        peer=sort_by_torch,
+        bytes=lambda s: s.args[0].numel() * 12,
+    )
+)
 register(
     OpSpec(
         name="moe_dispatch",
@@ -182,6 +253,7 @@ register(
         reference=reference.moe_dispatch,
         torch_ops=("moe_dispatch", "moe_dispatch_backward"),
         samples=_dispatch_samples,
+        dtypes=CPU_AND_CUDA,
         features=("stable order", "backward"),
         benchmarks=_dispatch_benchmarks,
         peer=_dispatch_peer,
@@ -195,6 +267,7 @@ register(
         reference=reference.moe_combine,
         torch_ops=("moe_combine", "moe_combine_backward"),
         samples=_combine_samples,
+        dtypes=CPU_AND_CUDA,
         features=("float32 weights and sums", "backward"),
         benchmarks=_combine_benchmarks,
         peer=_combine_peer,

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.moe_permute import sort_by_torch
+from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
+
+
+class Routing(NamedTuple):
+    """What `moe_route` gives: each token's experts with their weights, and the rows of a stable sort of these (token,
+    slot) pairs by expert (see `llmcore.ops.moe_sort`)."""
+
+    weights: Tensor  # (tokens, top_k) float32
+    experts: Tensor  # (tokens, top_k) int32, best first
+    scores: Tensor  # (tokens, num_experts) float32
+    offsets: Tensor  # (num_experts + 1,) int32
+    row_of: Tensor  # (tokens, top_k) int32
+    token_of: Tensor  # (tokens * top_k,) int32
 
 
 def moe_route(
@@ -21,8 +35,8 @@ def moe_route(
     topk_groups: int = 1,
     renormalize: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses top_k experts for every token and weighs them.
+) -> Routing:
+    """Chooses top_k experts for every token, weighs them, and sorts the (token, slot) pairs by expert.
 
     1. scores = softmax(logits) or sigmoid(logits), in float32.
     2. The choice is made by c = scores + bias. The bias steers the load and enters nothing else: auxiliary-loss-free
@@ -34,6 +48,7 @@ def moe_route(
     4. The top_k largest c are chosen, largest first; among equals (of experts and of groups) the lower index wins.
     5. weights = scale * the chosen scores, without bias, divided by their sum when `renormalize` (by the smallest
        normal float32 where the sum is below it).
+    6. offsets, row_of and token_of are `moe_sort` of the choice.
 
     Gradients of weights and scores reach logits; the choice has none.
 
@@ -48,21 +63,26 @@ def moe_route(
         scale: factor on the weights.
 
     Returns:
-        weights (tokens, top_k) float32, experts (tokens, top_k) int32, scores (tokens, num_experts) float32.
+        `Routing`.
 
     Raises:
         RuntimeError: naming the token, when its scores are not numbers: a NaN logit or, under softmax, +inf or
-            nothing but -inf.
+            nothing but -inf. On a CUDA device nobody looks: there such a token gets the experts 0 to top_k - 1, with
+            weights of NaN, so that the loss shows it. The same for a bias that is NaN.
     """
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f"moe_route: score is {score!r}; accepted: 'softmax', 'sigmoid'")
     if not use_kernel("moe_route", logits):
-        return reference.moe_route(
-            logits, top_k, score=score, bias=bias, num_groups=num_groups, topk_groups=topk_groups,
-            renormalize=renormalize, scale=scale,
+        return Routing(
+            *reference.moe_route(
+                logits, top_k, score=score, bias=bias, num_groups=num_groups, topk_groups=topk_groups,
+                renormalize=renormalize, scale=scale,
+            )
         )  # fmt: skip
-    return torch.ops.llmcore.moe_route(
-        logits, top_k, score == "sigmoid", bias, num_groups, topk_groups, renormalize, scale
+    return Routing(
+        *torch.ops.llmcore.moe_route(
+            logits, top_k, score == "sigmoid", bias, num_groups, topk_groups, renormalize, scale
+        )
     )
 
 
@@ -73,6 +93,9 @@ def _(logits, top_k, sigmoid, bias, num_groups, topk_groups, renormalize, scale)
         logits.new_empty((tokens, top_k), dtype=torch.float32),
         logits.new_empty((tokens, top_k), dtype=torch.int32),
         logits.new_empty((tokens, num_experts), dtype=torch.float32),
+        logits.new_empty((num_experts + 1,), dtype=torch.int32),
+        logits.new_empty((tokens, top_k), dtype=torch.int32),
+        logits.new_empty((tokens * top_k,), dtype=torch.int32),
     )
 
 
@@ -83,15 +106,15 @@ def _(dweights, dscores, scores, experts, sigmoid, renormalize, scale):
 
 def _save(ctx, inputs, output):
     logits, _, sigmoid, _, _, _, renormalize, scale = inputs
-    _, experts, scores = output
+    _, experts, scores, *plan = output
     ctx.arguments = (sigmoid, renormalize, scale)
     ctx.dtype = logits.dtype
     ctx.save_for_backward(scores, experts)
-    ctx.mark_non_differentiable(experts)
+    ctx.mark_non_differentiable(experts, *plan)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dweights, _, dscores):
+def _backward(ctx, dweights, _, dscores, *__):
     scores, experts = ctx.saved_tensors
     dlogits = torch.ops.llmcore.moe_route_backward(dweights, dscores, scores, experts, *ctx.arguments)
     return dlogits.to(ctx.dtype), None, None, None, None, None, None, None
@@ -129,6 +152,14 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("strided", (logits(12, 40)[::2, 3:19], 3), {}, (0,))
     yield Sample("transposed", (logits(16, 9).t(), 3), {}, (0,))
     yield Sample("no tokens", (logits(0, 8), 2), {}, (0,))
+    for shape, top_k, options in (
+        ((40, 128), 8, {}),
+        ((5, 200), 8, {"score": "sigmoid", "bias": bias(200), "num_groups": 4, "topk_groups": 2}),
+        ((70, 512), 16, {"bias": bias(512)}),
+        ((6, 513), 20, {}),
+        ((6, 600), 40, {"score": "sigmoid", "num_groups": 100, "topk_groups": 8}),
+    ):
+        yield Sample(f"large {shape} top {top_k}", (logits(*shape), top_k), options, (0,))
     yield Sample("many tokens", (logits(700, 64), 4), {"score": "sigmoid", "bias": bias(64)}, (0,))
 
 
@@ -137,6 +168,8 @@ def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     # Distinct in every dtype: torch.topk orders ties in a way of its own.
     logits = (torch.rand(8192, 64, generator=make).argsort(-1) / 8 - 4).to(device, dtype)
     yield Sample("8192 tokens, top 8 of 64", (logits, 8), {}, (0,))
+    logits = (torch.rand(32768, 128, generator=make).argsort(-1) / 16 - 4).to(device, dtype)
+    yield Sample("32768 tokens, top 8 of 128", (logits, 8), {}, (0,))
 
 
 def _peer(logits: Tensor, top_k: int, *, renormalize: bool = True, scale: float = 1.0):
@@ -145,7 +178,7 @@ def _peer(logits: Tensor, top_k: int, *, renormalize: bool = True, scale: float 
     weights, experts = scores.topk(top_k)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights * scale, experts.int(), scores
+    return weights * scale, experts.int(), scores, *sort_by_torch(experts.int(), logits.shape[1])
 
 
 register(
@@ -155,7 +188,8 @@ register(
         reference=reference.moe_route,
         torch_ops=("moe_route", "moe_route_backward"),
         samples=_samples,
-        features=("softmax", "sigmoid", "selection bias", "group-limited choice", "backward"),
+        dtypes=CPU_AND_CUDA,
+        features=("softmax", "sigmoid", "selection bias", "group-limited choice", "sorted by expert", "backward"),
         benchmarks=_benchmarks,
         peer=_peer,
         bytes=lambda s: s.args[0].numel() * (s.args[0].element_size() + 4),

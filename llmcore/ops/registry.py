@@ -62,6 +62,7 @@ class OpSpec:
         torch_ops: names under `torch.ops.llmcore` that it calls, the forward op first. Those that end in "_backward"
             get an autograd formula that refuses second derivatives.
         dtypes: per device type, the dtypes that its kernel serves.
+        reference_dtypes: the dtypes that the op accepts, those that only the reference serves included.
         features: what the op does, in a few words each, for the support matrix.
         samples: (dtype, device) -> the calls on which kernel and reference are compared: odd shapes, strided views,
             empty inputs and poison among them. Small: the whole registry is checked in a few minutes.
@@ -79,6 +80,7 @@ class OpSpec:
     torch_ops: tuple[str, ...]
     samples: Callable[[torch.dtype, str], Iterator[Sample]]
     dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=lambda: {"cpu": FLOATS})
+    reference_dtypes: tuple[torch.dtype, ...] = (*FLOATS, torch.float64)
     features: tuple[str, ...] = ()
     benchmarks: Callable[[torch.dtype, str], Iterator[Sample]] | None = None
     peer: Callable | None = None
@@ -193,8 +195,8 @@ def use_kernel(name: str, x: Tensor) -> bool:
     key = (name, x.device.type, x.dtype)
     served = _decisions.get(key)
     if served is None or (not served and _override == "kernel"):
-        if x.dtype not in (*FLOATS, torch.float64):
-            accepted = ", ".join(map(_short, (*FLOATS, torch.float64)))
+        if x.dtype not in registry[name].reference_dtypes:
+            accepted = ", ".join(map(_short, registry[name].reference_dtypes))
             raise TypeError(f"{name}: the input has dtype {_short(x.dtype)}; accepted: {accepted}")
         refusal = _kernel_refusal(name, x.device, x.dtype)
         if refusal and _override == "kernel":
@@ -228,7 +230,7 @@ def support() -> dict[str, dict[str, list[str]]]:
     table = {}
     for name, spec in sorted(registry.items()):
         row = {device: [_short(d) for d in dtypes] for device, dtypes in spec.dtypes.items()}
-        row["reference"] = [*(_short(d) for d in FLOATS), "float64"]
+        row["reference"] = [_short(d) for d in spec.reference_dtypes]
         table[name] = row
     return table
 

@@ -24,8 +24,8 @@ def moe_route(
     topk_groups: int = 1,
     renormalize: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `llmcore.ops.moe_route`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `llmcore.ops.moe_route`; here a plain tuple."""
     tokens, num_experts = logits.shape
     check(
         num_groups >= 1 and num_experts % num_groups == 0 and 1 <= topk_groups <= num_groups
@@ -51,21 +51,30 @@ def moe_route(
     weights = scores.gather(1, experts)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return weights * scale, experts.int(), scores
+    return weights * scale, experts.int(), scores, *moe_sort(experts.int(), num_experts)
+
+
+def moe_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `llmcore.ops.moe_sort`."""
+    return _sort("moe_sort", experts, num_experts)
+
+
+def _sort(op: str, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_indices(f"{op}: experts", experts, 0, num_experts)
+    flat = experts.flatten().long()
+    order = flat.sort(stable=True).indices  # sorted row -> assignment
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add(0, flat, torch.ones_like(flat))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    row_of = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=flat.device))
+    return offsets, row_of.view(experts.shape).int(), (order // max(experts.shape[1], 1)).int()
 
 
 def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `llmcore.ops.moe_dispatch`."""
-    tokens, top_k = experts.shape
-    check_shape("moe_dispatch: x", x, tokens, x.shape[-1])
-    check_indices("moe_dispatch: experts", experts, 0, num_experts)
-    flat = experts.flatten().long()
-    order = flat.sort(stable=True).indices  # sorted row -> assignment
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    row_of = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
-    x_sorted = x.to(_compute_dtype(x))[order // top_k].to(x.dtype)  # wide, for the sum in the gradient
-    return x_sorted, offsets, row_of.view(tokens, top_k).int()
+    check_shape("moe_dispatch: x", x, experts.shape[0], x.shape[-1])
+    offsets, row_of, token_of = _sort("moe_dispatch", experts, num_experts)
+    x_sorted = x.to(_compute_dtype(x))[token_of].to(x.dtype)  # wide, for the sum in the gradient
+    return x_sorted, offsets, row_of
 
 
 def moe_combine(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:

@@ -50,34 +50,34 @@ def test_route_takes_infinities_where_they_mean_something():
         ops.moe_route(torch.tensor([[0.0, -inf], [inf, 0.0]]), 1)
     with pytest.raises(RuntimeError, match="token 0"):
         ops.moe_route(torch.full((1, 4), -inf), 1)
-    _, experts, scores = ops.moe_route(torch.tensor([[-inf, 0.0, inf]]), 1, score="sigmoid")
+    _, experts, scores, *_ = ops.moe_route(torch.tensor([[-inf, 0.0, inf]]), 1, score="sigmoid")
     assert experts.item() == 2
     assert scores.tolist() == [[0.0, 0.5, 1.0]]
 
 
 def test_route_backward_refuses_an_expert_that_is_not_there():
-    _, experts, scores = ops.moe_route(LOGITS, 2)
+    _, experts, scores, *_ = ops.moe_route(LOGITS, 2)
     experts[1, 1] = 8
     with pytest.raises(RuntimeError, match=r"experts\[1, 1\] is 8; accepted: 0 to 7"):
         torch.ops.llmcore.moe_route_backward(None, scores, scores, experts, False, True, 1.0)
 
 
 def test_route_breaks_ties_by_the_lower_index():
-    _, experts, _ = ops.moe_route(torch.zeros(2, 12), 5, num_groups=4, topk_groups=2)
+    experts = ops.moe_route(torch.zeros(2, 12), 5, num_groups=4, topk_groups=2).experts
     assert experts.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_route_does_not_choose_from_other_groups():
     """Negative biased scores in the chosen groups still beat those of the groups left out."""
     bias = torch.tensor([-1.0, -9, -9, -9, -2, -2, -2, -2])  # group 0: -10 + ..., group 1: -4 + ...
-    _, experts, _ = ops.moe_route(torch.zeros(1, 8), 3, score="sigmoid", bias=bias, num_groups=2, topk_groups=1)
+    experts = ops.moe_route(torch.zeros(1, 8), 3, score="sigmoid", bias=bias, num_groups=2, topk_groups=1).experts
     assert experts.tolist() == [[4, 5, 6]]
 
 
 def test_bias_changes_the_choice_but_not_the_weights():
     bias = torch.zeros(8)
     bias[0] = 10
-    weights, experts, scores = ops.moe_route(LOGITS, 2, bias=bias, renormalize=False)
+    weights, experts, scores, *_ = ops.moe_route(LOGITS, 2, bias=bias, renormalize=False)
     assert experts.tolist() == [[0, 7]] * 3
     assert torch.equal(weights, scores[:, [0, 7]])
 

@@ -67,16 +67,27 @@ ON_THE_EMULATOR(kv_cache_write, KvCacheWriteParams)
 ON_THE_EMULATOR(layer_norm_forward, NormParams)
 ON_THE_EMULATOR(layer_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
-WITHOUT_CUDA_KERNEL(moe_sort, MoeSortParams)
-WITHOUT_CUDA_KERNEL(moe_scatter, MoeScatterParams)
-WITHOUT_CUDA_KERNEL(moe_gather, MoeGatherParams)
-WITHOUT_CUDA_KERNEL(moe_route_forward, MoeRouteParams)
-WITHOUT_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
+ON_THE_EMULATOR(moe_scatter, MoeScatterParams)
+ON_THE_EMULATOR(moe_gather, MoeGatherParams)
+ON_THE_EMULATOR(moe_route_backward, MoeRouteBackwardParams)
 ON_THE_EMULATOR(rms_norm_forward, NormParams)
 ON_THE_EMULATOR(rms_norm_backward, NormBackwardParams)
 ON_THE_EMULATOR(rope, RopeParams)
 ON_THE_EMULATOR(sample, SampleParams)
 ON_THE_EMULATOR(apply_penalties, ApplyPenaltiesParams)
+
+void moe_sort(const MoeSortParams& p, const Parallel&) {
+  MoeSortParams with = p;
+  const auto workspace = workspace_of(cuda::moe_sort_workspace(p, device()));
+  with.workspace = workspace.get();
+  check(cuda::moe_sort(with, device()), "moe_sort");
+}
+void moe_route_forward(const MoeRouteParams& p, const Parallel&) {
+  MoeRouteParams with = p;
+  const auto workspace = workspace_of(cuda::moe_route_workspace(p, device()));
+  with.workspace = workspace.get();
+  check(cuda::moe_route_forward(with, device()), "moe_route_forward");
+}
 
 // Attention in float32 has no CUDA kernel.
 void attention_forward(const AttentionParams& p, const Parallel& par) {

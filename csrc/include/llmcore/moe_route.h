@@ -1,5 +1,7 @@
-// The router of a mixture-of-experts layer: scores, group-limited top-k choice, combination weights.
+// The router of a mixture-of-experts layer: scores, group-limited top-k choice, combination weights, and the rows of a
+// stable sort of the choices by expert (moe_permute.h).
 #pragma once
+#include "llmcore/cuda.h"
 #include "llmcore/dtype.h"
 #include "llmcore/isa.h"
 
@@ -16,12 +18,18 @@ struct MoeRouteParams {
   float scale;
   const void* logits;  // (tokens, num_experts)
   int64_t logits_stride;
-  const float* bias;   // (num_experts), finite, or null
-  float* weights;      // (tokens, top_k)
-  int32_t* experts;    // (tokens, top_k), best first
-  float* scores;       // (tokens, num_experts)
-  float* scratch;      // (threads, 2 * num_experts + num_groups)
-  int64_t* bad_token;  // (threads), preset to -1: per worker, a token whose scores are not numbers
+  const float* bias;  // (num_experts), finite, or null
+  float* weights;     // (tokens, top_k)
+  int32_t* experts;   // (tokens, top_k), best first
+  float* scores;      // (tokens, num_experts)
+  int32_t* offsets;   // (num_experts + 1), row_of (tokens, top_k) and token_of (tokens * top_k): as in MoeSortParams
+  int32_t* row_of;
+  int32_t* token_of;
+  // A token whose scores are not numbers. CPU: it is reported, and nothing is sorted. CUDA: its experts are 0 to
+  // top_k - 1, its weights NaN.
+  int64_t* bad_token;  // CPU: (threads), preset to -1, per worker; CUDA: null
+  float* scratch;      // CPU: (threads, 2 * num_experts + num_groups); CUDA: null
+  void* workspace;     // CUDA: moe_route_workspace() bytes, aligned to 16; CPU: null
 };
 
 struct MoeRouteBackwardParams {
@@ -37,5 +45,12 @@ struct MoeRouteBackwardParams {
 
 LLMCORE_CPU_KERNEL(moe_route_forward, MoeRouteParams)
 LLMCORE_CPU_KERNEL(moe_route_backward, MoeRouteBackwardParams)
+
+LLMCORE_CUDA_KERNEL(moe_route_forward, MoeRouteParams)
+LLMCORE_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
+
+namespace cuda {
+int64_t moe_route_workspace(const MoeRouteParams& p, const Device& device);
+}
 
 }  // namespace llmcore

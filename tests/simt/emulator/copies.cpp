@@ -85,6 +85,10 @@ void atomic_add(float* at, float value) {
   race::Ignore ignore;
   *at += value;
 }
+void atomic_add(int32_t* at, int32_t value) {
+  race::Ignore ignore;
+  *at += value;
+}
 
 uint64_t atomic_add(uint64_t* at, uint64_t value) {
   race::Ignore ignore;

@@ -82,6 +82,8 @@ void syncwarp(uint32_t mask);
 uint32_t shfl(uint32_t mask, uint32_t value, unsigned from_lane);      // shfl.sync.idx
 uint32_t shfl_xor(uint32_t mask, uint32_t value, unsigned lane_mask);  // shfl.sync.bfly
 uint32_t ballot(uint32_t mask, bool predicate);                        // vote.sync.ballot
+uint32_t warp_max(uint32_t mask, uint32_t value);                      // redux.sync.max.u32
+uint32_t warp_min(uint32_t mask, uint32_t value);                      // redux.sync.min.u32
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool transposed);
 enum class Half { bf16, f16 };
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Half type);
@@ -100,6 +102,7 @@ void copy_wait(int groups_in_flight);
 // ---- global memory -------------------------------------------------------------------------------------------------
 
 void atomic_add(float* at, float value);            // red.global.add.f32
+void atomic_add(int32_t* at, int32_t value);        // red.add.s32
 uint64_t atomic_add(uint64_t* at, uint64_t value);  // atom.global.add.u64: what was there before
 uint64_t atomic_max(uint64_t* at, uint64_t value);  // atom.global.max.u64
 void check_alignment(const void* at, size_t bytes);

@@ -117,6 +117,38 @@ uint32_t ballot(uint32_t mask, bool predicate) {
   return x.result;
 }
 
+namespace {
+
+template <class Better>  // (a, b) -> whether a goes before b
+void reduce(void* const* operands, uint32_t mask, const Better& better) {
+  const Exchange* best = nullptr;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1)
+      if (auto* mine = static_cast<Exchange*>(operands[lane]); !best || better(mine->value, best->value)) best = mine;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) static_cast<Exchange*>(operands[lane])->result = best->value;
+}
+
+}  // namespace
+
+uint32_t warp_max(uint32_t mask, uint32_t value) {
+  static const Operation operation{"redux.max", [](void* const* operands, uint32_t lanes) {
+                                     reduce(operands, lanes, [](uint32_t a, uint32_t b) { return a > b; });
+                                   }};
+  Exchange x{value, 0, 0};
+  rendezvous(mask, operation, &x);
+  return x.result;
+}
+
+uint32_t warp_min(uint32_t mask, uint32_t value) {
+  static const Operation operation{"redux.min", [](void* const* operands, uint32_t lanes) {
+                                     reduce(operands, lanes, [](uint32_t a, uint32_t b) { return a < b; });
+                                   }};
+  Exchange x{value, 0, 0};
+  rendezvous(mask, operation, &x);
+  return x.result;
+}
+
 // ---- ldmatrix.x4: lane i gives the address of row i % 8 of matrix i / 8 ---------------------------------------------
 
 namespace {

@@ -113,6 +113,22 @@ Outcome shared_atomics() {
   for (uint32_t counter = 0; counter < 4; ++counter) expected.push_back(in[counter] + 16);
   expected.push_back(0xd5555555u);
   return run(shared_atomics_kernel, 64, in, expected);
+__global__ void warp_extremes_kernel(Words w) {
+  w.out[threadIdx.x] = ptx::warp_max(w.in[threadIdx.x]);
+  w.out[64 + threadIdx.x] = ptx::warp_min(w.in[threadIdx.x]);
+Outcome warp_extremes() {  // as unsigned numbers
+  std::vector<uint32_t> in(64, 0x80000001u), expected(128, 0x80000001u);
+  in[5] = 0xfffffff0u, in[30] = 7, in[33] = 0x7fffffffu, in[63] = 0x80000002u;
+  for (int l = 0; l < 32; ++l)
+    expected[l] = in[5], expected[32 + l] = in[63], expected[64 + l] = in[30], expected[96 + l] = in[33];
+  return run(warp_extremes_kernel, 64, in, expected);
+
+__global__ void popcount_kernel(Words w) {
+  w.out[threadIdx.x] = static_cast<uint32_t>(ptx::popcount(w.in[threadIdx.x]));
+Outcome popcount() {
+  std::vector<uint32_t> in, expected;
+  for (uint32_t l = 0; l < 32; ++l) in.push_back(~0u >> l & ~2u), expected.push_back(l < 31 ? 31 - l : 1);
+  return run(popcount_kernel, 32, in, expected);
 }
 
 // ---- barriers
@@ -243,6 +259,16 @@ __global__ void atomics_kernel(Words w) {
   ptx::atomic_max(out + 1, high << 32 | threadIdx.x);
 Outcome atomics() {  // 32 * 2^31; thread 9 has the high word 31; 0 + 1 + ... + 31
   return run(atomics_kernel, 32, {}, std::vector<uint32_t>{0, 16, 9, 31, 496, 0});
+__global__ void red_add_int_kernel(Words w) {  // in shared memory, then in global memory
+  PTX_SHARED_MEMORY(memory);
+  int32_t* sums = reinterpret_cast<int32_t*>(memory);
+  int32_t* out = reinterpret_cast<int32_t*>(w.out);
+  if (threadIdx.x < 4) sums[threadIdx.x] = out[threadIdx.x] = 0;
+  ptx::red_add(sums + threadIdx.x % 4, static_cast<int32_t>(threadIdx.x) - 40);
+  ptx::red_add(out + threadIdx.x % 4, sums[threadIdx.x % 4]);
+Outcome red_add_int() {
+  for (int i = 0; i < 4; ++i) expected.push_back(static_cast<uint32_t>(16 * (480 + 16 * i - 640)));
+  return run(red_add_int_kernel, 64, {}, expected);
 }
 
 // ---- tensor cores
@@ -478,6 +504,9 @@ std::vector<Correct> known_answers() {
       {"red_add", red_add},
       {"dependent_launch", dependent_launch},
       {"atomics", atomics},
+      {"red_add_int", red_add_int},
+      {"warp_extremes", warp_extremes},
+      {"popcount", popcount},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
       {"mma_bf16", mma<bf16>},
