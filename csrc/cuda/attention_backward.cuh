@@ -34,7 +34,9 @@ struct Slots {
     return low;
   }
 };
-inline int64_t count_slots(int64_t rows, int64_t batch, int tile) { return batch ? rows / tile + batch : 0; }
+__host__ __device__ inline int64_t count_slots(int64_t rows, int64_t batch, int tile) {
+  return batch ? rows / tile + batch : 0;
+}
 
 struct Sequence {
   int64_t b;

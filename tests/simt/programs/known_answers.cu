@@ -182,6 +182,25 @@ __global__ void red_add_kernel(Words w) {  // words 0 to 3, which one thread zer
 }
 Outcome red_add() { return run(red_add_kernel, 64, {}, words_of({480.f, 496.f, 512.f, 528.f})); }
 
+// Two warps add to the same sums, which lie in an order of the target's own.
+__global__ void red_add_warp_kernel(Words w) {
+  float *sums = reinterpret_cast<float*>(w.out), x[4], quad[4][4];
+  for (int i = threadIdx.x; i < 128; i += 64) sums[i] = 0;
+  ptx::syncthreads();
+  for (int i = 0; i < 4; ++i) x[i] = static_cast<float>(threadIdx.x * 4 + i);
+  ptx::red_add_warp(sums, x);
+  ptx::syncthreads();
+  if (threadIdx.x < 8) ptx::read_sums(sums, threadIdx.x, quad);
+  ptx::syncthreads();
+  if (threadIdx.x < 8)
+    for (int i = 0; i < 16; ++i) sums[16 * threadIdx.x + i] = quad[i / 4][i % 4];
+}
+Outcome red_add_warp() {
+  std::vector<float> expected;
+  for (int i = 0; i < 128; ++i) expected.push_back(static_cast<float>(i + (i + 128)));
+  return run(red_add_warp_kernel, 64, {}, words_of(expected));
+}
+
 // ---- tensor cores
 // -----------------------------------------------------------------------------------------------------
 
@@ -381,6 +400,7 @@ std::vector<Correct> known_answers() {
       {"permute_bytes", permute_bytes},
       {"product", product},
       {"red_add", red_add},
+      {"red_add_warp", red_add_warp},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
       {"mma_bf16", mma<bf16>},

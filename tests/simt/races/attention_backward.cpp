@@ -54,9 +54,12 @@ RACE_CASE(attention_backward) {
       p.dk = dk.data();
       p.dv = dv.data();
       p.dsinks = f.mask.sinks ? dsinks.as<float>() : nullptr;
-      const Tensor memory = workspace(cuda::attention_backward_workspace(p, kDevice));
-      p.workspace = memory.data();
-      check(packed ? "packed" : "dense", BOTH(attention_backward), p,
-            {{"dq", dq}, {"dk", dk}, {"dv", dv}, {"dsinks", dsinks, true, 1e-2}});
+      for (bool deterministic : {false, true}) {
+        p.deterministic = deterministic;
+        const Tensor memory = workspace(cuda::attention_backward_workspace(p, kDevice));
+        p.workspace = memory.data();
+        check(packed ? "packed" : "dense", BOTH(attention_backward), p,
+              {{"dq", dq}, {"dk", dk}, {"dv", dv}, {"dsinks", dsinks, true, 1e-2}});
+      }
     }
 }
