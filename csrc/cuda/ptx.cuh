@@ -72,21 +72,22 @@ PTX_DEVICE void store_global_16(void* p, const Vec16& v) {
                : "memory");
 }
 PTX_DEVICE void red_add(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
-// See red_add_warp() below.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kRedByLane = false;
+#ifdef __CUDA_ARCH__
+constexpr bool kRedByLane = __CUDA_ARCH__ >= 900;  // see read_sums()
+#endif
+#ifndef __CUDA_ARCH__
+constexpr bool kRedByLane = true;  // the host's pass
+#endif
 PTX_DEVICE void red_add_warp(float* at, const float (&x)[4]) {
+  if constexpr (kRedByLane) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + 4 * (threadIdx.x % 32)), "f"(x[0]),
+                 "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) red_add(at + 32 * i + threadIdx.x % 32, x[i]);
 }
-#else
-constexpr bool kRedByLane = true;
-PTX_DEVICE void red_add_warp(float* at, const float (&x)[4]) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + 4 * (threadIdx.x % 32)), "f"(x[0]), "f"(x[1]),
-               "f"(x[2]), "f"(x[3])
-               : "memory");
-}
-#endif
 
 // ---- synchronisation and exchange
 PTX_DEVICE void syncthreads() { __syncthreads(); }
