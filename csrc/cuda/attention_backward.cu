@@ -28,6 +28,7 @@ struct Step {  // a tile of the stream
 template <Pass kPass, int kOwned, int kStreamed>
 struct Walk {
   static constexpr bool kKeys = owns_keys(kPass);
+  int b;
   Sequence seq;
   Visibility visible;
   int kv_head, head, head_end;  // query heads [head, head_end)
@@ -50,14 +51,15 @@ struct Walk {
     const int64_t slot = kKeys ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int group = static_cast<int>(s.heads) / static_cast<int>(s.kv_heads), y = static_cast<int>(blockIdx.y);
     const Slots slots{kKeys ? s.cu_k : s.cu_q, kKeys ? s.seq_k : s.seq_q, kOwned};
-    seq = sequence(s, slots.sequence_of(slot, s.batch));
-    const int64_t row = (slot - slots.first(seq.b)) * kOwned;
+    b = static_cast<int>(slots.sequence_of(slot, s.batch));
+    seq = sequence(s, b);
+    const int64_t row = (slot - slots.first(b)) * kOwned;
     if (row >= (kKeys ? seq.num_k : seq.num_q)) return false;
     owned_row = static_cast<int>(row);
     head = kKeys ? y * group : y;
     head_end = head + (kKeys ? group : 1);
     kv_head = head / group;
-    visible = visibility(p.mask, seq);
+    visible = visibility(p.mask, seq, b);
     const int last = smaller(owned_row + kOwned, kKeys ? seq.num_k : seq.num_q) - 1;
     range = kKeys ? visible.queries_of(owned_row, last) : visible.keys_of(owned_row, last);
     start = first_tile();
@@ -92,29 +94,29 @@ struct Walk {
 };
 
 // The inputs as rows: q and dout, or k and v. `first` is the one of head size dim, the other has v_dim.
-template <class T>
-PTX_DEVICE Rows<const T> query_rows(const AttentionBackwardParams& p, const Sequence& s, int64_t head, bool first) {
-  return rows_of<const T>(first ? p.q : p.dout, first ? p.q_strides : p.dout_strides, s.b, s.q_start, head, s.num_q,
-                          first ? p.shape.head_dim : p.shape.v_head_dim);
+template <class T, class W>
+PTX_DEVICE Rows<const T> query_rows(const AttentionBackwardParams& p, const W& w, int head, bool first) {
+  return rows_of<const T>(first ? p.q : p.dout, first ? p.q_strides : p.dout_strides, w.b, w.seq.q_start, head,
+                          w.seq.num_q, first ? p.shape.head_dim : p.shape.v_head_dim);
 }
-template <class T>
-PTX_DEVICE Rows<const T> key_rows(const AttentionBackwardParams& p, const Sequence& s, int64_t kv_head, bool first) {
-  return rows_of<const T>(first ? p.k : p.v, first ? p.k_strides : p.v_strides, s.b, s.k_start, kv_head, s.num_k,
-                          first ? p.shape.head_dim : p.shape.v_head_dim);
+template <class T, class W>
+PTX_DEVICE Rows<const T> key_rows(const AttentionBackwardParams& p, const W& w, bool first) {
+  return rows_of<const T>(first ? p.k : p.v, first ? p.k_strides : p.v_strides, w.b, w.seq.k_start, w.kv_head,
+                          w.seq.num_k, first ? p.shape.head_dim : p.shape.v_head_dim);
 }
 template <class T, bool kKeys, class W>
 PTX_DEVICE Rows<const T> owned_rows(const AttentionBackwardParams& p, const W& w, bool first) {
   if constexpr (kKeys)
-    return key_rows<T>(p, w.seq, w.kv_head, first);
+    return key_rows<T>(p, w, first);
   else
-    return query_rows<T>(p, w.seq, w.head, first);
+    return query_rows<T>(p, w, w.head, first);
 }
 template <class T, bool kKeys, class W>
 PTX_DEVICE Rows<const T> streamed_rows(const AttentionBackwardParams& p, const W& w, const Step& s, bool first) {
   if constexpr (kKeys)
-    return query_rows<T>(p, w.seq, s.head, first);
+    return query_rows<T>(p, w, s.head, first);
   else
-    return key_rows<T>(p, w.seq, w.kv_head, first);
+    return key_rows<T>(p, w, first);
 }
 
 // ---- scores to gradients -------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ PTX_DEVICE void load_statistics(const AttentionBackwardParams& p, const W& w, in
     for (int half = 0; half < 2; ++half) {
       const int at = row + m * 16 + half * 8 + lane / 4;
       x[m][half] = {INFINITY, 0.f};
-      if (!kKeys && at < w.seq.num_q) x[m][half] = statistics(p, w.seq.b, w.head)[at];
+      if (!kKeys && at < w.seq.num_q) x[m][half] = statistics(p, w.b, w.head)[at];
     }
 }
 
@@ -189,12 +191,12 @@ PTX_DEVICE void write_gradients(const AttentionBackwardParams& p, const W& w, in
                                 const Accumulator<kBlocks, kVWidth>& second) {
   const Sequence& s = w.seq;
   if constexpr (kKeys) {
-    write(first, rows_of<T>(p.dk, p.dk_strides, s.b, s.k_start, w.kv_head, s.num_k, p.shape.head_dim), row, column,
+    write(first, rows_of<T>(p.dk, p.dk_strides, w.b, s.k_start, w.kv_head, s.num_k, p.shape.head_dim), row, column,
           p.mask.scale);
-    write(second, rows_of<T>(p.dv, p.dv_strides, s.b, s.k_start, w.kv_head, s.num_k, p.shape.v_head_dim), row, v_column,
+    write(second, rows_of<T>(p.dv, p.dv_strides, w.b, s.k_start, w.kv_head, s.num_k, p.shape.v_head_dim), row, v_column,
           1.f);
   } else {
-    write(first, rows_of<T>(p.dq, p.dq_strides, s.b, s.q_start, w.head, s.num_q, p.shape.head_dim), row, column,
+    write(first, rows_of<T>(p.dq, p.dq_strides, w.b, s.q_start, w.head, s.num_q, p.shape.head_dim), row, column,
           p.mask.scale);
   }
 }
@@ -218,7 +220,7 @@ PTX_DEVICE void show(uint8_t* tile, int row, int column, const Accumulator<kBloc
 // down, queries across, so that A fragments of queries are read transposed. Each warp takes some rows and columns.
 template <class T, int kEntry, class W>
 PTX_DEVICE void add_dq(const AttentionBackwardParams& p, const W& walk, const Step& step, uint32_t ds, uint32_t keys) {
-  constexpr Tile kTile = kFusedTiles[kEntry];
+  constexpr BackwardTile kTile = kFusedTiles[kEntry];
   constexpr int kBlocks = kTile.dq_blocks(), kRows = kBlocks * 16, kColumns = kTile.dq_columns();
   constexpr int kRowParts = kTile.streamed() / kRows;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -240,7 +242,7 @@ PTX_DEVICE void add_dq(const AttentionBackwardParams& p, const W& walk, const St
                                                                          local_row / 8 + m * 2 + lane / 8 % 2));
     multiply_columns<T, kTile.dim, kColumns>(dq, 0, a, keys, key, column / 8);
   }
-  const int64_t slot = sum_slots(p.shape).first(walk.seq.b) + row / kSumRows;
+  const int64_t slot = sum_slots(p.shape).first(walk.b) + row / kSumRows;
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
     if (row + m * 16 > walk.range.last) break;
@@ -256,7 +258,7 @@ PTX_DEVICE void add_dq(const AttentionBackwardParams& p, const W& walk, const St
 template <class T, Pass kPass, int kEntry>
 __global__ void __launch_bounds__(tiles<kPass>()[kEntry].threads()) gradients(AttentionBackwardParams p) {
   constexpr bool kKeys = owns_keys(kPass);
-  constexpr Tile kTile = tiles<kPass>()[kEntry];
+  constexpr BackwardTile kTile = tiles<kPass>()[kEntry];
   constexpr int kDim = kTile.dim, kVDim = kTile.v_dim, kBlocks = kTile.blocks, kSplit = kTile.split, kStep = kTile.step;
   constexpr int kOwned = kTile.owned(), kStreamed = kTile.streamed(), kThreads = kTile.threads();
   constexpr int kWidth = kDim / kSplit, kVWidth = kVDim / kSplit;
@@ -278,7 +280,7 @@ __global__ void __launch_bounds__(tiles<kPass>()[kEntry].threads()) gradients(At
                                          streamed_rows<T, kKeys>(p, walk, step, false), step.row, 0);
     if (kKeys && thread < kStreamed / 2) {
       const int left = smaller(larger(walk.seq.num_q - step.row - 2 * thread, 0), 2);
-      const Statistics* from = statistics(p, walk.seq.b, step.head) + (left ? step.row + 2 * thread : 0);
+      const Statistics* from = statistics(p, walk.b, step.head) + (left ? step.row + 2 * thread : 0);
       ptx::copy_async_16(ptx::shared_address(columns + buffer * kStreamed * 8 + thread * 16), from, left * 8);
     }
   };
@@ -335,7 +337,7 @@ __global__ void __launch_bounds__(tiles<kPass>()[kEntry].threads()) gradients(At
                                      SharedTile<kStreamed>::at(local_row + m * 16 + lane % 16, n * 2 + lane / 16));
         } else {
           const auto& x = of_ds ? ds.c[m] : s.c[m];
-          as_fragment<T>(a[m], x[2 * n], x[2 * n + 1]);
+          as_a_fragment<T>(x[2 * n], x[2 * n + 1], a[m]);
         }
     };
     // Fragments in registers need constant indices; others are better not loaded far ahead.
@@ -371,7 +373,7 @@ __global__ void __launch_bounds__(kSlicedThreads) sliced_gradients(AttentionBack
   constexpr int kOwnedBytes = SharedTile<kSlice>::bytes(kSlicedOwned);
   PTX_SHARED_MEMORY(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32, column0 = static_cast<int>(blockIdx.z) * kColumns;
-  const auto slices_of = [](int64_t dim) { return static_cast<int>((dim + kSlice - 1) / kSlice); };
+  const auto slices_of = [](int64_t dim) { return static_cast<int>(ceil_div<int64_t>(dim, kSlice)); };
   const int slices = slices_of(p.shape.head_dim), v_slices = slices_of(p.shape.v_head_dim), summed = slices + v_slices;
 
   using W = Walk<kPass, kSlicedOwned, kSlicedStreamed>;
@@ -429,7 +431,7 @@ __global__ void __launch_bounds__(kSlicedThreads) sliced_gradients(AttentionBack
       const uint32_t at = take();
       multiply_rows<T, kSlice>(ds, at, warp * 16, at + kOwnedBytes, 0);
     }
-    const Statistics* of_columns = kKeys ? statistics(p, walk.seq.b, step.head) + step.row : nullptr;
+    const Statistics* of_columns = kKeys ? statistics(p, walk.b, step.head) + step.row : nullptr;
     score_gradients<kKeys>(p.mask, walk, step, row, step.row, of_rows, of_columns, s, ds);
     uint32_t a[1][4];
     if constexpr (kKeys) {
@@ -438,7 +440,7 @@ __global__ void __launch_bounds__(kSlicedThreads) sliced_gradients(AttentionBack
         const uint32_t at = take() + kOwnedBytes;
 #pragma unroll
         for (int n = 0; n < kSlicedStreamed / 16; ++n) {
-          as_fragment<T>(a[0], s.c[0][2 * n], s.c[0][2 * n + 1]);
+          as_a_fragment<T>(s.c[0][2 * n], s.c[0][2 * n + 1], a[0]);
           multiply_columns<T, kSlice, kSlice>(second, slice * kSlice, a, at, n * 16, 0);
         }
       }
@@ -448,7 +450,7 @@ __global__ void __launch_bounds__(kSlicedThreads) sliced_gradients(AttentionBack
       const uint32_t at = take() + kOwnedBytes;
 #pragma unroll
       for (int n = 0; n < kSlicedStreamed / 16; ++n) {
-        as_fragment<T>(a[0], ds.c[0][2 * n], ds.c[0][2 * n + 1]);
+        as_a_fragment<T>(ds.c[0][2 * n], ds.c[0][2 * n + 1], a[0]);
         multiply_columns<T, kSlice, kSlice>(first, slice * kSlice, a, at, n * 16, 0);
       }
     }
@@ -466,7 +468,7 @@ Status run_gradients(const AttentionBackwardParams& p, const Device& device) {
     return Grid{count_slots(kKeys ? s.total_k : s.total_q, s.batch, owned), kKeys ? s.kv_heads : s.heads, z};
   };
   if constexpr (kEntry < std::size(tiles<kPass>())) {
-    constexpr Tile kTile = tiles<kPass>()[kEntry];
+    constexpr BackwardTile kTile = tiles<kPass>()[kEntry];
     if (tile_for<kPass>(s.head_dim, s.v_head_dim, device.shared_bytes) == kEntry)
       return launch(gradients<T, kPass, kEntry>, grid(kTile.owned(), 1), kTile.threads(), kTile.shared_bytes(kPass),
                     device, p);
@@ -474,7 +476,7 @@ Status run_gradients(const AttentionBackwardParams& p, const Device& device) {
   } else if constexpr (kPass != Pass::fused) {
     const int64_t widest = kKeys && s.v_head_dim > s.head_dim ? s.v_head_dim : s.head_dim;
     constexpr int kColumns = sliced_columns(kKeys);
-    return launch(sliced_gradients<T, kPass>, grid(kSlicedOwned, (widest + kColumns - 1) / kColumns), kSlicedThreads,
+    return launch(sliced_gradients<T, kPass>, grid(kSlicedOwned, ceil_div<int64_t>(widest, kColumns)), kSlicedThreads,
                   kWalkBytes + 2 * kSliceBytes, device, p);
   } else {
     return "attention_backward: no tile";
@@ -490,7 +492,7 @@ template <class T>
 Status run(const AttentionBackwardParams& p, const Device& device) {
   const AttentionShape& s = p.shape;
   const bool fused = is_fused(p, device);
-  const Grid rows{(statistics_rows(s) + kPrepareRows - 1) / kPrepareRows, s.heads};
+  const Grid rows{ceil_div<int64_t>(statistics_rows(s), kPrepareRows), s.heads};
   if (Status error = launch(prepare<T>, rows, kPrepareThreads, 0, device, p, fused ? sums_of_head(s) : 0)) return error;
   if (p.dsinks)
     if (Status error = launch(sink_gradients, {s.batch, s.heads}, kSinkThreads, kSinkThreads / 8, device, p))
@@ -501,7 +503,7 @@ Status run(const AttentionBackwardParams& p, const Device& device) {
   }
   if (Status error = run_gradients<T, Pass::fused>(p, device)) return error;
   const int64_t slots = count_slots(s.total_q, s.batch, kSumRows);
-  return launch(finish_dq<T>, {(slots + kFinishSlots - 1) / kFinishSlots, s.heads}, kFinishThreads, 0, device, p);
+  return launch(finish_dq<T>, {ceil_div<int64_t>(slots, kFinishSlots), s.heads}, kFinishThreads, 0, device, p);
 }
 
 }  // namespace
@@ -512,7 +514,7 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& p, const Dev
 }
 
 Status attention_backward(const AttentionBackwardParams& p, const Device& device) {
-  if (p.shape.seq_q >= kMaxLength || p.shape.seq_k >= kMaxLength) return "sequences of 2^30 rows or more";
+  if (p.shape.seq_q >= kNoEnd || p.shape.seq_k >= kNoEnd) return "sequences of 2^30 rows or more";
   switch (p.dtype) {
     case DType::bf16: return run<bf16>(p, device);
     case DType::f16: return run<f16>(p, device);

@@ -33,7 +33,7 @@ constexpr int kSumRows = 16, kSumColumns = 8, kSums = kSumRows * kSumColumns;
 
 PTX_DEVICE Slots sum_slots(const AttentionShape& s) { return {s.cu_q, s.seq_q, kSumRows}; }
 __host__ __device__ inline int sum_tiles(const AttentionShape& s) {
-  return static_cast<int>((s.head_dim + kSumColumns - 1) / kSumColumns);
+  return static_cast<int>(ceil_div<int64_t>(s.head_dim, kSumColumns));
 }
 __host__ __device__ inline int64_t sums_of_head(const AttentionShape& s) {
   return count_slots(s.total_q, s.batch, kSumRows) * sum_tiles(s) * kSums;
@@ -56,8 +56,8 @@ constexpr int kPrepareThreads = 256, kLanesPerRow = 8, kPrepareRows = kPrepareTh
 template <class T>
 __global__ void __launch_bounds__(kPrepareThreads) prepare(AttentionBackwardParams p, int64_t sums) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kPrepareRows + threadIdx.x / kLanesPerRow, head = blockIdx.y;
-  const int64_t b = statistics_slots(p.shape).sequence_of(row / 2, p.shape.batch);
-  const int64_t share = (sums / 4 + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share;  // in 16 bytes
+  const int b = static_cast<int>(statistics_slots(p.shape).sequence_of(row / 2, p.shape.batch));
+  const int64_t share = ceil_div<int64_t>(sums / 4, gridDim.x), first = blockIdx.x * share;  // in 16 bytes
   for (int64_t i = first + threadIdx.x; i < first + share && i < sums / 4; i += kPrepareThreads)
     ptx::store_global_16(sums_of_rows(p, head, 0) + 4 * i, {});
 
@@ -100,7 +100,7 @@ constexpr int kSinkThreads = 256;
 __global__ void __launch_bounds__(kSinkThreads) sink_gradients(AttentionBackwardParams p) {
   PTX_SHARED_MEMORY(shared);
   float* partial = reinterpret_cast<float*>(shared);  // of each warp
-  const int64_t b = blockIdx.x, head = blockIdx.y;
+  const int b = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
   const int num_q = sequence(p.shape, b).num_q, thread = static_cast<int>(threadIdx.x);
   const Statistics* rows = statistics(p, b, head);
   const float sink = p.mask.sinks[head] * kLog2e;
@@ -128,12 +128,13 @@ __global__ void __launch_bounds__(kFinishThreads) finish_dq(AttentionBackwardPar
     const int tile = i % columns, quad = i / columns % 8;
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * kFinishSlots + i / columns / 8;
     if (slot >= end) return;
-    const Sequence seq = sequence(s, slots.sequence_of(slot, s.batch));
-    const int64_t row0 = (slot - slots.first(seq.b)) * kSumRows + quad;
+    const int b = static_cast<int>(slots.sequence_of(slot, s.batch));
+    const Sequence seq = sequence(s, b);
+    const int64_t row0 = (slot - slots.first(b)) * kSumRows + quad;
     if (row0 >= seq.num_q) continue;
     float x[4][4];
     ptx::read_sums(sums_of_rows(p, head, slot) + tile * kSums, quad, x);
-    const Rows<T> to = rows_of<T>(p.dq, p.dq_strides, seq.b, seq.q_start, head, seq.num_q, s.head_dim);
+    const Rows<T> to = rows_of<T>(p.dq, p.dq_strides, b, seq.q_start, head, seq.num_q, s.head_dim);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row0 + 8 * half;

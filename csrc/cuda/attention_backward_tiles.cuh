@@ -17,7 +17,7 @@ constexpr int kWalkBytes = 128;  // at the start of shared memory: where the CTA
 
 // Warps stand in `groups`. The `split` warps of a group share blocks * 16 rows of the owned tile: each takes its share
 // of the streamed rows' scores (`step` of them) and its share of the gradients' columns.
-struct Tile {
+struct BackwardTile {
   int dim, v_dim;  // the head sizes it serves, up to these
   int blocks, split, groups, step;
 
@@ -43,7 +43,7 @@ struct Tile {
 // (without v_dim where queries are owned) and the scores blocks * step. A fragment of the stream serves `blocks`
 // products, so that with 1 the tensor cores wait for shared memory. Shared memory: 99 KB on sm_86 and sm_89, 163 on
 // sm_80, 227 on sm_90; the first tile that holds the head sizes and fits the device is taken.
-constexpr Tile kKeyTiles[] = {
+constexpr BackwardTile kKeyTiles[] = {
     // dim v_dim blocks split groups step
     {64, 64, 2, 1, 4, 32},    // 49 KB: two CTAs on a multiprocessor
     {96, 96, 1, 1, 4, 64},    // 73 KB
@@ -54,7 +54,7 @@ constexpr Tile kKeyTiles[] = {
     {256, 256, 2, 4, 2, 16},  // 209 KB
     {256, 256, 1, 2, 4, 16},  // 137 KB
 };
-constexpr Tile kQueryTiles[] = {
+constexpr BackwardTile kQueryTiles[] = {
     {64, 64, 2, 1, 4, 32},    // 48 KB
     {96, 96, 2, 1, 4, 32},    // 72 KB
     {128, 128, 2, 1, 4, 32},  // 96 KB
@@ -62,7 +62,7 @@ constexpr Tile kQueryTiles[] = {
     {256, 256, 1, 1, 4, 32},  // 128 KB
 };
 // With more keys in a tile there are fewer additions to dQ, in memory, for each product.
-constexpr Tile kFusedTiles[] = {
+constexpr BackwardTile kFusedTiles[] = {
     {64, 64, 2, 1, 4, 32},    // 57 KB: two CTAs on a multiprocessor
     {96, 96, 1, 1, 4, 64},    // 81 KB
     {128, 128, 2, 2, 4, 32},  // 161 KB
@@ -86,7 +86,7 @@ __host__ __device__ constexpr const auto& tiles() {
 template <Pass kPass>
 constexpr int tile_for(int64_t dim, int64_t v_dim, int shared_bytes) {
   int entry = 0;
-  for (const Tile& tile : tiles<kPass>()) {
+  for (const BackwardTile& tile : tiles<kPass>()) {
     if (dim <= tile.dim && v_dim <= tile.v_dim && tile.shared_bytes(kPass) <= shared_bytes) break;
     ++entry;
   }
