@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout_in, const OptTensor& dlse, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
     const Tensor& out_in, const Tensor& lse_in, const OptTensor& sinks, const OptTensor& block_mask,
     const OptTensor& cu_q, const OptTensor& cu_k, bool causal, int64_t window, double scale, double softcap,
-    int64_t block_q, int64_t block_k, bool /*deterministic: always*/) {
+    int64_t block_q, int64_t block_k, bool deterministic) {
   const Call call = describe(q_in, k_in, v_in, sinks, block_mask, cu_q, cu_k, causal, window, scale, softcap, block_q,
                              block_k, "attention_backward");
   const AttentionShape& s = call.shape;
@@ -221,6 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.dq_strides = strides(dq);
   p.dk_strides = strides(dk);
   p.dv_strides = strides(dv);
+  p.deterministic = deterministic;
   p.dsinks = sinks ? static_cast<float*>(dsinks.mutable_data_ptr()) : nullptr;
   LLMCORE_RUN_WITH_WORKSPACE(attention_backward, q, p);
   return {dq, dk, dv, sinks ? sum_partials(dsinks, ScalarType::Float) : dsinks};

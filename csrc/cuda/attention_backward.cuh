@@ -1,18 +1,11 @@
 // What the kernels of attention's backward pass are built from: where a tile's rows lie, who sees whom, tiles in shared
 // memory, and the matrix products on them.
 #pragma once
+#include "attention_base.cuh"
 #include "launch.cuh"
-#include "llmcore/attention.h"
-#include "vec.cuh"
 
 namespace llmcore {
 namespace cuda {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kMaxLength = 1 << 30;  // of a sequence, exclusive: sums of two positions then fit in 32 bits
-
-PTX_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-PTX_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 
 // ---- sequences -----------------------------------------------------------------------------------------------------
 
@@ -34,41 +27,28 @@ struct Slots {
     return low;
   }
 };
-inline int64_t count_slots(int64_t rows, int64_t batch, int tile) { return batch ? rows / tile + batch : 0; }
-
-struct Sequence {
-  int64_t b;
-  int num_q, num_k;
-  int64_t q_start, k_start;  // their first rows in packed tensors, else 0
-};
-PTX_DEVICE Sequence sequence(const AttentionShape& s, int64_t b) {
-  Sequence x{b, static_cast<int>(s.seq_q), static_cast<int>(s.seq_k), 0, 0};
-  if (s.cu_q) x.q_start = s.cu_q[b], x.num_q = s.cu_q[b + 1] - s.cu_q[b];
-  if (s.cu_k) x.k_start = s.cu_k[b], x.num_k = s.cu_k[b + 1] - s.cu_k[b];
-  return x;
+__host__ __device__ inline int64_t count_slots(int64_t rows, int64_t batch, int tile) {
+  return batch ? rows / tile + batch : 0;
 }
 
 // ---- who sees whom -------------------------------------------------------------------------------------------------
 
 enum class View { none, some, all };  // what the queries of a tile see of its keys
-struct Range {
-  int first, last;  // empty when last < first
-};
-
-// Query i stands at key i + offset and sees the keys from `behind` before it to `ahead` after it, of those the ones in
-// the blocks that its head's block mask admits.
+// Query i stands at key i + offset and sees the keys of its band, of those the ones in the blocks that its head's block
+// mask admits.
 struct Visibility {
-  int num_q, num_k, offset, behind, ahead;
+  int num_q, num_k, offset;
+  Band band;
   const uint8_t* blocks;  // of the sequence, or null
   int64_t blocks_head, blocks_row;
   int block_q, block_k;
 
-  __device__ Range keys_of(int first, int last) const {
-    return {larger(0, first + offset - behind), smaller(num_k - 1, last + offset + ahead)};
+  __device__ KeyRange keys_of(int first, int last) const {
+    return {visible_keys(band, num_k, first + offset).first, visible_keys(band, num_k, last + offset).last};
   }
   __device__ Range queries_of(int first, int last) const {
-    const int64_t from = static_cast<int64_t>(first) - ahead - offset,
-                  to = static_cast<int64_t>(last) + behind - offset;
+    const int64_t from = static_cast<int64_t>(first) - band.above - offset,
+                  to = static_cast<int64_t>(last) + band.below - offset;
     return {static_cast<int>(from > 0 ? from : 0), static_cast<int>(to < num_q - 1 ? to : num_q - 1)};
   }
   __device__ const uint8_t* block(int64_t head, int query, int key) const {
@@ -76,15 +56,15 @@ struct Visibility {
   }
   __device__ bool sees(int64_t head, int query, int key) const {
     const int position = query + offset;
-    return query < num_q && key < num_k && key >= position - behind && key <= position + ahead &&
+    return query < num_q && key < num_k && key >= position - band.below && key <= position + band.above &&
            (!blocks || *block(head, query, key));
   }
   // All lanes of a warp ask together, for the same tile; its first query and its first key exist.
   __device__ View of_tile(int64_t head, int q0, int queries, int k0, int keys) const {
     const int q1 = smaller(q0 + queries, num_q) - 1, k1 = smaller(k0 + keys, num_k) - 1;
-    if (k1 < q0 + offset - behind || k0 > q1 + offset + ahead) return View::none;
-    const bool whole =
-        q1 == q0 + queries - 1 && k1 == k0 + keys - 1 && k0 >= q1 + offset - behind && k1 <= q0 + offset + ahead;
+    if (k1 < q0 + offset - band.below || k0 > q1 + offset + band.above) return View::none;
+    const bool whole = q1 == q0 + queries - 1 && k1 == k0 + keys - 1 && k0 >= q1 + offset - band.below &&
+                       k1 <= q0 + offset + band.above;
     if (!blocks) return whole ? View::all : View::some;
     const int rows = q1 / block_q - q0 / block_q + 1, columns = k1 / block_k - k0 / block_k + 1;
     const uint8_t* corner = block(head, q0, k0);
@@ -100,16 +80,14 @@ struct Visibility {
   }
 };
 
-PTX_DEVICE Visibility visibility(const AttentionMask& m, const Sequence& seq) {
-  const auto bounded = [](int64_t x) { return static_cast<int>(x < kMaxLength ? x : kMaxLength); };
-  const int reach = m.window ? bounded(m.window) - 1 : kMaxLength - 1;
-  Visibility v{seq.num_q, seq.num_k, seq.num_k - seq.num_q, reach, m.causal ? 0 : reach, nullptr, 0, 0, 1, 1};
+PTX_DEVICE Visibility visibility(const AttentionMask& m, const Sequence& seq, int64_t b) {
+  Visibility v{seq.num_q, seq.num_k, position_of(seq, 0), band_of(m), nullptr, 0, 0, 1, 1};
   if (m.block_mask) {
-    v.blocks = m.block_mask + seq.b * m.mask_batch;
+    v.blocks = m.block_mask + b * m.mask_batch;
     v.blocks_head = m.mask_head;
     v.blocks_row = m.mask_row;
-    v.block_q = bounded(m.block_q);
-    v.block_k = bounded(m.block_k);
+    v.block_q = static_cast<int>(smaller<int64_t>(m.block_q, kNoEnd));
+    v.block_k = static_cast<int>(smaller<int64_t>(m.block_k, kNoEnd));
   }
   return v;
 }
@@ -227,15 +205,6 @@ PTX_DEVICE void multiply_columns(Accumulator<kBlocks, kWidth>& acc, int first, c
       ptx::mma(T{}, acc.c[m][first / 8 + 2 * n + 1], a[m], b[2], b[3]);
     }
   }
-}
-
-// Two neighbouring 16 x 8 tiles of an accumulator as an A fragment.
-template <class T>
-PTX_DEVICE void as_fragment(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
-  a[0] = pack2(T{}, left[0], left[1]);
-  a[1] = pack2(T{}, left[2], left[3]);
-  a[2] = pack2(T{}, right[0], right[1]);
-  a[3] = pack2(T{}, right[2], right[3]);
 }
 
 // Writes factor * acc to rows from row0 and columns from column0 on.

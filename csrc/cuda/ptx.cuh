@@ -95,6 +95,22 @@ PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) {
 PTX_DEVICE void red_add(int32_t* p, int32_t x) {  // in global or shared memory
   asm volatile("red.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
+#ifdef __CUDA_ARCH__
+constexpr bool kRedByLane = __CUDA_ARCH__ >= 900;  // see read_sums()
+#endif
+#ifndef __CUDA_ARCH__
+constexpr bool kRedByLane = true;  // the host's pass
+#endif
+PTX_DEVICE void red_add_warp(float* at, const float (&x)[4]) {
+  if constexpr (kRedByLane) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + 4 * (threadIdx.x % 32)), "f"(x[0]),
+                 "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) red_add(at + 32 * i + threadIdx.x % 32, x[i]);
+}
 
 // ---- synchronisation and exchange
 PTX_DEVICE void syncthreads() { __syncthreads(); }
@@ -240,6 +256,12 @@ PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
 PTX_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) { return simt::atomic_add(p, x); }
 PTX_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t x) { return simt::atomic_max(p, x); }
 PTX_DEVICE void red_add(int32_t* p, int32_t x) { simt::atomic_add(p, x); }
+constexpr bool kRedByLane = true;
+PTX_DEVICE void red_add_warp(float* at, const float (&x)[4]) {
+  at += 4 * (threadIdx.x % 32);
+  simt::check_alignment(at, 16);
+  for (int i = 0; i < 4; ++i) simt::atomic_add(at + i, x[i]);
+}
 
 PTX_DEVICE void syncthreads() { simt::barrier_sync(0, 0); }
 PTX_DEVICE void barrier_sync(int id, int threads) { simt::barrier_sync(id, threads); }
@@ -306,6 +328,19 @@ PTX_DEVICE void mma(f16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 #endif
+
+// red_add_warp(at, x) adds the four floats of each lane to 128 sums in memory, aligned to 16 bytes, that are kept in
+// the order which the target adds to in whole lines. sm_90 adds 16 bytes of a lane at once, so they are neighbours;
+// before, the lanes' first floats are neighbours, then their second ones. read_sums() gives what was added for the
+// lanes 4 quad + j, from 64 bytes.
+PTX_DEVICE void read_sums(const float* at, int quad, float (&x)[4][4]) {
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+    const Vec16 sums = load_cached_16(at + (kRedByLane ? 16 * quad + 4 * v : 32 * v + 4 * quad));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) (kRedByLane ? x[v][e] : x[e][v]) = from_bits(sums.x[e]);
+  }
+}
 
 PTX_DEVICE float shfl_xor(float x, int lane_mask) { return from_bits(shfl_xor(bits(x), lane_mask)); }
 PTX_DEVICE float shfl(float x, int from_lane) { return from_bits(shfl(bits(x), from_lane)); }

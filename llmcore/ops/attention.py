@@ -60,8 +60,11 @@ def attention(
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in the packed q; ends with total_q.
         cu_seqlens_k: the same for k and v; `cu_seqlens_q` by default.
         return_lse: also return the log of each row's sum of exponentials (differentiable).
-        deterministic: asks for the same bits in every run; the CPU kernel always gives them (for the same number of
-            threads).
+        deterministic: asks for gradients with the same bits in every run; torch.use_deterministic_algorithms(True)
+            asks for them everywhere. It is the forward call's setting that counts. Outputs, lse and the gradients of k,
+            v and sinks always have the same bits (on a CPU: for the same number of threads). The gradient of q has them
+            on a CPU and on CUDA with this; else CUDA sums it by atomic additions, in an order that is open, with
+            fewer matrix products. Where no kernel of that kind fits the head size, CUDA is deterministic anyway.
 
     Returns:
         out, shaped as q with v's head size and typed as q; with `return_lse` also lse, float32, (batch, heads, seq_q)
@@ -81,7 +84,7 @@ def attention(
     out, lse = torch.ops.llmcore.attention(
         q, k, v, None if sinks is None else sinks.float(), None if block_mask is None else block_mask.mask,
         cu_seqlens_q, cu_seqlens_k, causal, *options, block_mask.block_q if block_mask else 0,
-        block_mask.block_k if block_mask else 0, deterministic,
+        block_mask.block_k if block_mask else 0, deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

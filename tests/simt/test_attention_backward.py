@@ -1,7 +1,11 @@
-"""Attention's backward kernel where the registry's samples do not take it: each of its tiles (csrc/cuda/
-attention_backward.cu) with several tiles on both sides, and the same bits under every schedule."""
+"""Attention's backward kernels where the registry's samples do not take them: each of their tiles (csrc/cuda/
+attention_backward_tiles.cuh) with several tiles on both sides, the deterministic way (by default dQ is summed by atomic
+additions), and the same bits under every schedule."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import pytest
 import torch
@@ -12,6 +16,11 @@ from llmcore.ops.block_mask import BlockMask
 from llmcore.ops.registry import Sample
 from tests.ops.checks import check_sample, copied, run_with_gradients
 from tests.simt.emulation import MODES, emulator
+
+
+BY_DEFAULT = registry["attention"]
+DETERMINISTIC = dataclasses.replace(BY_DEFAULT, op=functools.partial(BY_DEFAULT.op, deterministic=True))
+both_ways = pytest.mark.parametrize("spec", [BY_DEFAULT, DETERMINISTIC], ids=["fused", "deterministic"])
 
 
 def sample(label, seq_q, seq_k, heads, kv_heads, dim, v_dim, **kwargs):
@@ -40,17 +49,43 @@ SAMPLES = [
 
 @pytest.mark.parametrize("emulated", [("random", "random")], indirect=True, ids="-".join)
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.label)
-def test_every_tile_matches_the_reference(sample, emulated):
+@both_ways
+def test_every_tile_matches_the_reference(spec, sample, emulated):
     with llmcore.backend("kernel"):
-        check_sample(registry["attention"], sample)
+        check_sample(spec, sample)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [pytest.param(s, id=f"{d}-{s.label}") for d in BY_DEFAULT.dtypes["cuda"] for s in BY_DEFAULT.samples(d, "cpu")],
+)
+def test_the_registry_deterministically(sample, emulated):
+    """The default is what test_registry.py runs."""
+    with llmcore.backend("kernel"):
+        check_sample(DETERMINISTIC, sample)
+
+
+def gradients_under_every_schedule(spec):
+    attention = sample("two warps share columns", 140, 200, 4, 2, 128, 128, causal=True)
+    seeds = [torch.ones(1, 140, 4, 128), torch.ones(1, 4, 140)]
+    for mode in MODES:
+        with emulator(*mode, seed=2), llmcore.backend("kernel"):
+            yield run_with_gradients(spec.op, copied(attention), seeds)[1]
 
 
 def test_the_same_bits_under_every_schedule():
-    attention = sample("two warps share columns", 140, 200, 4, 2, 128, 128, causal=True)
-    seeds = [torch.ones(1, 140, 4, 128), torch.ones(1, 4, 140)]
-    gradients = []
-    for mode in MODES:
-        with emulator(*mode, seed=2), llmcore.backend("kernel"):
-            gradients.append(run_with_gradients(registry["attention"].op, copied(attention), seeds)[1])
-    for other in gradients[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other))
+    first, *others = gradients_under_every_schedule(DETERMINISTIC)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_fused_the_same_bits_of_dk_and_dv_under_every_schedule():
+    first, *others = gradients_under_every_schedule(BY_DEFAULT)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first[1:], other[1:], strict=True))
+
+
+def test_the_two_ways_differ_in_the_order_of_dq():
+    """So that neither is tested under the other's name."""
+    fused, deterministic = (next(gradients_under_every_schedule(spec)) for spec in (BY_DEFAULT, DETERMINISTIC))
+    assert not torch.equal(fused[0], deterministic[0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 
@@ -17,13 +20,16 @@ def small_card(request):
         yield
 
 
-@pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (192, 128), (256, 256), (576, 512)])
-def test_attention(small_card, dim, v_dim):
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (576, 512)])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "deterministic"])
+def test_attention(small_card, dim, v_dim, deterministic):
     make = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 70, 1, d, generator=make).bfloat16() for d in (dim, dim, v_dim))
     sample = Sample(f"{dim}/{v_dim}", (q, k, v), {"causal": True}, (0, 1, 2))
+    spec = registry["attention"]
+    spec = dataclasses.replace(spec, op=functools.partial(spec.op, deterministic=deterministic))
     with llmcore.backend("kernel"):
-        check_sample(registry["attention"], sample)
+        check_sample(spec, sample)
 
 
 @pytest.mark.parametrize(

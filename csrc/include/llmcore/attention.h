@@ -59,7 +59,8 @@ struct AttentionParams {
   void* workspace;  // CUDA: attention_forward_workspace() bytes, aligned to 16; CPU: null
 };
 
-// Gradients. Deterministic: each worker owns what it adds to, and partial sums meet in a fixed order.
+// Gradients. On the CPU, and on CUDA when `deterministic`, each worker owns what it adds to, and partial sums meet in a
+// fixed order.
 struct AttentionBackwardParams {
   AttentionShape shape;
   AttentionMask mask;
@@ -77,8 +78,9 @@ struct AttentionBackwardParams {
   void* dk;
   void* dv;
   RowStrides dq_strides, dk_strides, dv_strides;
-  float* dsinks;    // (batch, heads), zeroed, or null
-  void* workspace;  // CUDA: attention_backward_workspace() bytes, aligned to 16; CPU: null
+  float* dsinks;       // (batch, heads), zeroed, or null
+  bool deterministic;  // CUDA: dq has the same bits in every run; else its sums' order is open
+  void* workspace;     // CUDA: attention_backward_workspace() bytes, aligned to 16; CPU: null
 };
 
 LLMCORE_CPU_KERNEL_BF16(attention_forward, AttentionParams)

@@ -82,8 +82,11 @@ void check_alignment(const void* at, size_t bytes) {
 }
 
 void atomic_add(float* at, float value) {
-  race::Ignore ignore;
-  *at += value;
+  const float sum =
+      *at + value;  // only one thread runs at a time: what is read here is still there when it is replaced
+  unsigned bits;
+  memcpy(&bits, &sum, sizeof bits);
+  race::atomic_store(reinterpret_cast<unsigned*>(at), bits);
 }
 void atomic_add(int32_t* at, int32_t value) {
   race::Ignore ignore;

@@ -14,6 +14,7 @@ void __tsan_acquire(void*) __attribute__((weak));
 void __tsan_release(void*) __attribute__((weak));
 void __tsan_read_range(void*, unsigned long) __attribute__((weak));
 void __tsan_write_range(void*, unsigned long) __attribute__((weak));
+unsigned __tsan_atomic32_exchange(volatile unsigned*, unsigned, int) __attribute__((weak));
 void AnnotateIgnoreReadsBegin(const char*, int) __attribute__((weak));
 void AnnotateIgnoreReadsEnd(const char*, int) __attribute__((weak));
 void AnnotateIgnoreWritesBegin(const char*, int) __attribute__((weak));
@@ -48,6 +49,14 @@ inline void read(const void* at, size_t bytes) {
 }
 inline void wrote(void* at, size_t bytes) {
   if (on()) __tsan_write_range(at, bytes);
+}
+
+// Stores a value that others change atomically too, which is a race with plain accesses only. Orders nothing.
+inline void atomic_store(unsigned* at, unsigned value) {
+  if (on())
+    __tsan_atomic32_exchange(at, value, 0);  // 0: relaxed
+  else
+    *at = value;
 }
 
 // Hides the emulator's own bookkeeping (and the memcpy, malloc and free in it, which TSan intercepts even here).

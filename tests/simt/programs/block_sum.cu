@@ -18,6 +18,7 @@ enum class Bug {
   shuffle_with_ended_lanes,
   plain_add_across_ctas,
   no_wait_for_grids,
+  plain_add_beside_red_add,
 };
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kCtas = 2, kRows = 5, kDim = 300;
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) block_sum(SumParams p) {
     for (int w = 0; w < kWarps; ++w) sum += partial[w];
     if (lane == 0) p.sums[row * kWarps + warp] = sum;
     if (threadIdx.x == 0) {
-      if (kBug == Bug::plain_add_across_ctas)
+      if (kBug == Bug::plain_add_across_ctas || (kBug == Bug::plain_add_beside_red_add && blockIdx.x == 0))
         *p.total += sum;
       else
         ptx::red_add(p.total, sum);
@@ -107,6 +108,7 @@ std::vector<Planted> planted_in_block_sum() {
       {"block_sum/plain_add_across_ctas", run<Bug::plain_add_across_ctas>, right, right, true, true},
       {"block_sum/no_wait_for_grids", run<Bug::no_wait_for_grids>, error, error, false, false,
        "ended without griddepcontrol.wait"},
+      {"block_sum/plain_add_beside_red_add", run<Bug::plain_add_beside_red_add>, right, right, true, true},
   };
 }
 #endif

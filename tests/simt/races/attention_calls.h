@@ -45,4 +45,38 @@ inline llmcore::AttentionMask causal_mask(int64_t head_dim) {
 // Bytes that hold NaN until somebody writes them, as a workspace may.
 inline Tensor workspace(int64_t bytes) { return Tensor(DType::i8, bytes); }
 
+// What calls with 70 queries and 133 keys, of one head size, are made of: dense, or packed as three sequences.
+struct Call {
+  static constexpr int64_t kHeads = 2, kKvHeads = 1, kSeqQ = 70, kSeqK = 133;
+
+  DType dtype;
+  int64_t dim;
+  Tensor q = random_normal(dtype, kSeqQ* kHeads* dim), k = random_normal(dtype, kSeqK* kKvHeads* dim),
+         v = random_normal(dtype, k.size()), sinks = random_normal(DType::f32, kHeads);
+  Tensor out = Tensor(dtype, q.size()), lse = Tensor(DType::f32, kHeads* kSeqQ);
+  std::vector<int32_t> cu_q = {0, 3, 3, kSeqQ}, cu_k = {0, 20, 21, kSeqK};
+
+  llmcore::AttentionParams forward(bool packed) const {  // causal
+    llmcore::AttentionParams p{};
+    p.shape = dense_shape(1, kHeads, kKvHeads, dim, dim, kSeqQ, kSeqK);
+    if (packed) {
+      p.shape.batch = 3;
+      p.shape.seq_q = p.shape.seq_k = 0;
+      p.shape.cu_q = cu_q.data();
+      p.shape.cu_k = cu_k.data();
+    }
+    p.mask = causal_mask(dim);
+    p.q_dtype = p.kv_dtype = dtype;
+    p.q = q.data();
+    p.k = k.data();
+    p.v = v.data();
+    p.q_strides = p.out_strides = packed_strides(kHeads, dim);
+    p.k_strides = p.v_strides = packed_strides(kKvHeads, dim);
+    p.out = out.data();
+    p.lse = lse.as<float>();
+    p.lse_head = kSeqQ;
+    return p;
+  }
+};
+
 }  // namespace races
