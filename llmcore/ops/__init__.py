@@ -6,6 +6,7 @@ from llmcore.ops.block_mask import BlockMask
 from llmcore.ops.dyt import dyt
 from llmcore.ops.glu import geglu, swiglu
 from llmcore.ops.grouped_gemm import grouped_gemm
+from llmcore.ops.grouped_glu import grouped_glu
 from llmcore.ops.kv_cache_write import kv_cache_write
 from llmcore.ops.layer_norm import layer_norm
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "geglu",
     "grouped_gemm",
+    "grouped_glu",
     "kv_cache_write",
     "layer_norm",
     "linear_cross_entropy",

@@ -8,7 +8,7 @@ from llmcore.reference.attention import attention, paged_attention
 from llmcore.reference.glu import geglu, swiglu
 from llmcore.reference.kv_cache import kv_cache_write
 from llmcore.reference.losses import linear_cross_entropy
-from llmcore.reference.moe import grouped_gemm, moe_combine, moe_dispatch, moe_route
+from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_dispatch, moe_route
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.rope import rope, rope_
 
@@ -17,6 +17,7 @@ __all__ = [
     "dyt",
     "geglu",
     "grouped_gemm",
+    "grouped_glu",
     "kv_cache_write",
     "layer_norm",
     "linear_cross_entropy",

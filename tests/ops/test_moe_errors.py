@@ -142,11 +142,11 @@ def offsets_of(*values: int) -> torch.Tensor:
     [
         (X, WEIGHT, offsets_of(0, 2, 1, 3), r"offsets\[2\] is 1, below 2 before it; offsets must not fall"),
         (X, WEIGHT, offsets_of(1, 2, 2, 3), r"offsets\[0\] is 1; offsets start with 0"),
-        (X, WEIGHT, offsets_of(0, 2, 2, 2), "offsets ends with 2, but x_sorted has 3 rows"),
+        (X, WEIGHT, offsets_of(0, 2, 2, 2), "offsets ends with 2, but x has 3 rows"),
         (X, WEIGHT, offsets_of(0, 2, 3), r"offsets has shape \(3,\); expected \(4\)"),
         (X, WEIGHT, offsets_of(0, 2, 2, 3).long(), "offsets has dtype int64; expected int32"),
-        (X, WEIGHT.bfloat16(), offsets_of(0, 2, 2, 3), "weight has dtype bfloat16, but x_sorted has float32"),
-        (X, WEIGHT[:, :, :3], offsets_of(0, 2, 2, 3), r"x_sorted has shape \(3, 4\), but weight has shape \(3, 5, 3\)"),
+        (X, WEIGHT.bfloat16(), offsets_of(0, 2, 2, 3), "weight has dtype bfloat16, but x has float32"),
+        (X, WEIGHT[:, :, :3], offsets_of(0, 2, 2, 3), r"x has shape \(3, 4\), but weight has shape \(3, 5, 3\)"),
         (X, WEIGHT[0], offsets_of(0, 3), r"weight has shape \(5, 4\); expected \(num_experts, n, k\)"),
     ],
 )
