@@ -12,33 +12,40 @@ namespace llmcore {
 namespace cuda {
 namespace {
 
-struct Aligned {  // what can be moved 16 bytes at a time
-  bool x, weight, out;
+struct Aligned {       // what can be moved 16 bytes at a time
+  bool x, other, out;  // other: the weight, or dy
 };
 
-// The columns of one expert's product, as a tile of `n` of them reads them from the weight. For a gated linear unit,
-// blocks of eight columns of the gate and of the up projection alternate, so that one thread's sums hold both of a
-// pair.
-template <class T, bool kTransposed, bool kGlu>
+// The chunks that a thread stages of one expert's weights, for a tile of columns of the product. For a gated linear
+// unit, blocks of eight columns of the gate and of the up projection alternate, so that one thread's sums hold both of
+// a pair.
+template <class T, int kThreads, bool kTransposed, bool kGlu>
 struct WeightColumns {
-  const T* base;
-  int64_t stride;      // from one column to the next; transposed: from one step of the sum to the next
-  int first, columns;  // of the result: half of the weight's for a gated linear unit
+  static_assert(!kTransposed || !kGlu);
+  const T* from;   // the thread's first chunk
+  int64_t stride;  // from one column to the next; transposed: from one element of the sum to the next
+  int left;        // columns, from the thread's first on
 
+  // For the tile whose first column is `first`, of a result with `columns`.
   PTX_DEVICE WeightColumns of(const GroupedGemmParams& p, int expert, int first, int columns) {
-    return {static_cast<const T*>(p.weight) + expert * p.expert_stride, kTransposed ? p.k_stride : p.n_stride, first,
-            columns};
-  }
-  // Chunk `chunk` of row `row` of the tile whose step of the sum begins at k_begin.
-  __device__ __forceinline__ Chunk<T> chunk(int row, int chunk, int k_begin, int k_end) const {
-    static_assert(!kTransposed || !kGlu);
+    const T* base = static_cast<const T*>(p.weight) + expert * p.expert_stride;
     if constexpr (kTransposed) {
-      const int step = k_begin + row;
-      return chunk_of(base + step * stride, first + 8 * chunk, columns, step < k_end);
+      const int column = first + thread_column();
+      return {base + thread_row() * p.k_stride + column, p.k_stride, columns - column};
     } else {
-      const int column = first + (kGlu ? row / 16 * 8 + row % 8 : row);
+      const int row = thread_row(), column = first + (kGlu ? row / 16 * 8 + row % 8 : row);
       const int source = kGlu && row / 8 % 2 ? columns + column : column;
-      return chunk_of(base + source * stride, k_begin + 8 * chunk, k_end, column < columns);
+      return {base + source * p.n_stride + thread_column(), p.n_stride, columns - column};
+    }
+  }
+  // The chunk of the tile whose sum begins at k_begin.
+  __device__ __forceinline__ Chunk<T> chunk(int pass, int panel, int k_begin, int k_end) const {
+    if constexpr (kTransposed) {  // rows of the tile go along the sum
+      const int at = k_begin + pass * kRowsAtOnce<kThreads>;
+      return chunk_of(from + at * stride + 64 * panel, left - 64 * panel, at + thread_row() < k_end);
+    } else {
+      const int column = pass * kRowsAtOnce<kThreads> / (kGlu ? 2 : 1);  // of the result
+      return chunk_of(from + column * stride + k_begin, k_end - k_begin - thread_column(), column < left);
     }
   }
 };
@@ -81,18 +88,17 @@ __global__ void __launch_bounds__(kGemmTiles[kIndex].threads(), kGemmTiles[kInde
     return;
 
   PTX_SHARED_MEMORY(shared);
-  SourceRows<kTile.m, kThreads> rows;
-  rows.find(rows, p.token_of, t.first_row, t.rows);
-  const auto weight = WeightColumns<T, kTransposed, kGlu>::of(p, t.expert, t.column_block * kColumns, columns);
+  SourceRows<T, kTile.m, kThreads> rows;
+  rows.find(p.x, p.x_stride, p.token_of, t.first_row, t.rows);
+  const auto weight =
+      WeightColumns<T, kThreads, kTransposed, kGlu>::of(p, t.expert, t.column_block * kColumns, columns);
   const auto stage = [&](int step, uint32_t slot) {
     const int k_begin = step * kStep;
-    stage_tile<T, kTile.m, kStep, kThreads>(shared, slot, aligned.x, [&](int pass, int, int chunk) {
-      const int row = rows.row[pass];
-      return chunk_of(static_cast<const T*>(p.x) + larger(row, 0) * p.x_stride, k_begin + 8 * chunk, k, row >= 0);
-    });
+    stage_tile<T, kTile.m, kStep, kThreads>(shared, slot, aligned.x,
+                                            [&](int pass, int) { return rows.chunk(pass, k_begin, k); });
     stage_tile<T, kTransposed ? kStep : kTile.n, kTransposed ? kTile.n : kStep, kThreads>(
-        shared, slot + kTile.a_bytes(), aligned.weight,
-        [&](int, int row, int chunk) { return weight.chunk(row, chunk, k_begin, k); });
+        shared, slot + kTile.a_bytes(), aligned.other,
+        [&](int pass, int panel) { return weight.chunk(pass, panel, k_begin, k); });
   };
   Sums<kIndex> sums = {};
   multiply_steps<T, kIndex, false, kTransposed>(shared, ceil_div(k, kStep), warp_row<kIndex>() >= t.rows, stage, sums);
@@ -143,18 +149,17 @@ __global__ void __launch_bounds__(kGemmTiles[kFew].threads(), kGemmTiles[kFew].c
     return;
 
   PTX_SHARED_MEMORY(shared);
-  SourceRows<kTile.n, kThreads> rows;
-  rows.find(rows, p.token_of, t.first_row, t.rows);
-  const auto weight = WeightColumns<T, kTransposed, kGlu>::of(p, t.expert, t.column_block * kColumns, columns);
+  SourceRows<T, kTile.n, kThreads> rows;
+  rows.find(p.x, p.x_stride, p.token_of, t.first_row, t.rows);
+  const auto weight =
+      WeightColumns<T, kThreads, kTransposed, kGlu>::of(p, t.expert, t.column_block * kColumns, columns);
   const int first_step = static_cast<int>(blockIdx.y) * part_steps;
   const auto stage = [&](int step, uint32_t slot) {
     const int k_begin = (first_step + step) * kStep;
     stage_tile<T, kTransposed ? kStep : kTile.m, kTransposed ? kTile.m : kStep, kThreads>(
-        shared, slot, aligned.weight, [&](int, int row, int chunk) { return weight.chunk(row, chunk, k_begin, k); });
-    stage_tile<T, kTile.n, kStep, kThreads>(shared, slot + kTile.a_bytes(), aligned.x, [&](int pass, int, int chunk) {
-      const int row = rows.row[pass];
-      return chunk_of(static_cast<const T*>(p.x) + larger(row, 0) * p.x_stride, k_begin + 8 * chunk, k, row >= 0);
-    });
+        shared, slot, aligned.other, [&](int pass, int panel) { return weight.chunk(pass, panel, k_begin, k); });
+    stage_tile<T, kTile.n, kStep, kThreads>(shared, slot + kTile.a_bytes(), aligned.x,
+                                            [&](int pass, int) { return rows.chunk(pass, k_begin, k); });
   };
   const int steps = smaller(ceil_div(k, kStep) - first_step, part_steps);
   Sums<kFew> sums = {};
@@ -243,19 +248,27 @@ __global__ void __launch_bounds__(kGemmTiles[kIndex].threads(), kGemmTiles[kInde
   const int begin = p.offsets[expert], num_rows = p.offsets[expert + 1] - begin;
 
   PTX_SHARED_MEMORY(shared);
-  SourceRows<kStep, kThreads> rows;  // of the step that is staged next: looked up a step ahead
-  rows.find(rows, p.token_of, begin, num_rows);
+  constexpr int kPasses = kStep / kRowsAtOnce<kThreads>;
+  int source[kPasses] = {};  // the rows of x that the thread stages next: looked up a step ahead
+  const auto row_of = [&](int step, int pass) { return step * kStep + pass * kRowsAtOnce<kThreads> + thread_row(); };
+  const auto look_up = [&](int step) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass)
+      if (const int row = row_of(step, pass); row < num_rows)
+        source[pass] = p.token_of ? p.token_of[begin + row] : begin + row;
+  };
+  look_up(0);
   const auto stage = [&](int step, uint32_t slot) {
-    const int first = step * kStep;
-    stage_tile<T, kStep, kTile.m, kThreads>(shared, slot, aligned.weight, [&](int, int row, int chunk) {
-      const T* dy = static_cast<const T*>(p.dy) + (begin + larger(smaller(first + row, num_rows - 1), 0)) * p.dy_stride;
-      return chunk_of(dy, n_begin + 8 * chunk, n, first + row < num_rows);
+    stage_tile<T, kStep, kTile.m, kThreads>(shared, slot, aligned.other, [&](int pass, int panel) {
+      const int row = row_of(step, pass), column = n_begin + 64 * panel + thread_column();
+      return chunk_of(static_cast<const T*>(p.dy) + (begin + row) * p.dy_stride + column, n - column, row < num_rows);
     });
-    stage_tile<T, kStep, kTile.n, kThreads>(shared, slot + kTile.a_bytes(), aligned.x, [&](int pass, int, int chunk) {
-      const int row = rows.row[pass];
-      return chunk_of(static_cast<const T*>(p.x) + larger(row, 0) * p.x_stride, k_begin + 8 * chunk, k, row >= 0);
+    stage_tile<T, kStep, kTile.n, kThreads>(shared, slot + kTile.a_bytes(), aligned.x, [&](int pass, int panel) {
+      const int column = k_begin + 64 * panel + thread_column();
+      return chunk_of(static_cast<const T*>(p.x) + source[pass] * p.x_stride + column, k - column,
+                      row_of(step, pass) < num_rows);
     });
-    rows.find(rows, p.token_of, begin + first + kStep, num_rows - first - kStep);
+    look_up(step + 1);
   };
   Sums<kIndex> sums = {};
   multiply_steps<T, kIndex, true, true>(shared, ceil_div(num_rows, kStep), n_begin + warp_row<kIndex>() >= n, stage,

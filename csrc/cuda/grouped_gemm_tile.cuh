@@ -103,61 +103,80 @@ PTX_DEVICE bool find_tile(const int32_t* offsets, int num_experts, int tile_rows
 
 // ---- operands into shared memory -----------------------------------------------------------------------------------
 
-// Up to eight adjacent elements; zeros follow.
+// Eight adjacent elements of a row, of which `count` are there; the others become zeros, and none of them is read.
 template <class T>
 struct Chunk {
   const T* from;
   int count;
 };
 template <class T>
-PTX_DEVICE Chunk<T> chunk_of(const T* row, int column, int columns, bool there) {
-  const int count = there ? smaller(larger(columns - column, 0), 8) : 0;
-  return {count ? row + column : row, count};
+PTX_DEVICE Chunk<T> chunk_of(const T* from, int left, bool there) {
+  return {from, there ? smaller(larger(left, 0), 8) : 0};
 }
 
-// Brings a tile of kRows x kColumns elements to shared + to. source(pass, row, chunk) gives chunk `chunk` of row `row`,
-// which is the pass-th row of the thread. With `copies` all chunks are aligned to 16 bytes; the caller commits.
+// Eight threads take 128 bytes of a row, a "panel"; from one pass over the rows to the next the swizzle is the same.
+template <int kThreads>
+constexpr int kRowsAtOnce = kThreads / 8;
+PTX_DEVICE int thread_row() { return static_cast<int>(threadIdx.x) / 8; }
+PTX_DEVICE int thread_column() { return static_cast<int>(threadIdx.x) % 8 * 8; }
+
+// Brings a tile of kRows x kColumns elements to shared + to. source(pass, panel) gives the chunk at row thread_row() +
+// pass * kRowsAtOnce and column thread_column() + 64 * panel. With `copies` all chunks are aligned to 16 bytes; the
+// caller commits.
 template <class T, int kRows, int kColumns, int kThreads, class Source>
 PTX_DEVICE void stage_tile(uint8_t* shared, uint32_t to, bool copies, const Source& source) {
-  constexpr int kRowsAtOnce = kThreads / 8, kPitch = 2 * kColumns;
-  static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0 && kColumns % 64 == 0, "whole passes");
-  const int first_row = static_cast<int>(threadIdx.x) / 8, lane_chunk = static_cast<int>(threadIdx.x) % 8;
-  const uint32_t first = to + chunk_offset(kPitch, first_row, lane_chunk);
+  constexpr int kPitch = 2 * kColumns, kPassBytes = kRowsAtOnce<kThreads> * kPitch;
+  constexpr int kPasses = kRows / kRowsAtOnce<kThreads>;
+  static_assert(kRows % kRowsAtOnce<kThreads> == 0 && kRowsAtOnce<kThreads> % 8 == 0 && kColumns % 64 == 0);
+  const uint32_t first = to + chunk_offset(kPitch, thread_row(), thread_column() / 8);
   if (copies) {
     const uint32_t address = ptx::shared_address(shared) + first;
 #pragma unroll
-    for (int pass = 0; pass < kRows / kRowsAtOnce; ++pass)
+    for (int pass = 0; pass < kPasses; ++pass)
 #pragma unroll
       for (int panel = 0; panel < kColumns / 64; ++panel) {
-        const Chunk<T> c = source(pass, first_row + pass * kRowsAtOnce, 8 * panel + lane_chunk);
-        ptx::copy_async_16(address + pass * kRowsAtOnce * kPitch + 128 * panel, c.from, 2 * c.count);
+        const Chunk<T> c = source(pass, panel);
+        ptx::copy_async_16(address + pass * kPassBytes + 128 * panel, c.from, 2 * c.count);
       }
     return;
   }
 #pragma unroll
-  for (int pass = 0; pass < kRows / kRowsAtOnce; ++pass)
+  for (int pass = 0; pass < kPasses; ++pass)
 #pragma unroll 1
     for (int panel = 0; panel < kColumns / 64; ++panel) {
-      const Chunk<T> c = source(pass, first_row + pass * kRowsAtOnce, 8 * panel + lane_chunk);
+      const Chunk<T> c = source(pass, panel);
       ptx::Vec16 v{};
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         if (i < c.count) v.x[i / 2] |= static_cast<uint32_t>(c.from[i].bits) << 16 * (i % 2);
-      *reinterpret_cast<ptx::Vec16*>(shared + first + pass * kRowsAtOnce * kPitch + 128 * panel) = v;
+      *reinterpret_cast<ptx::Vec16*>(shared + first + pass * kPassBytes + 128 * panel) = v;
     }
 }
 
-// The rows of x that a thread stages, of a tile of kRows rows from sorted row `first` on. -1: beyond the last.
-template <int kRows, int kThreads>
+// The rows of x that a thread stages, of a tile of kRows sorted rows.
+template <class T, int kRows, int kThreads>
 struct SourceRows {
-  static constexpr int kPasses = kRows / (kThreads / 8);
-  int row[kPasses];
-  PTX_DEVICE void find(SourceRows& s, const int32_t* token_of, int first, int rows) {
+  static constexpr int kPasses = kRows / kRowsAtOnce<kThreads>;
+  const T* row[kPasses];  // from thread_column() on
+  uint32_t there;         // bit i: row i is
+
+  // The tile begins with sorted row `first`, of which and what follows `rows` are the expert's.
+  __device__ __forceinline__ void find(const void* x, int64_t stride, const int32_t* token_of, int first, int rows) {
+    there = 0;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int r = static_cast<int>(threadIdx.x) / 8 + pass * (kThreads / 8);
-      s.row[pass] = r >= rows ? -1 : token_of ? token_of[first + r] : first + r;
+      const int r = thread_row() + pass * kRowsAtOnce<kThreads>;
+      int64_t from = 0;
+      if (r < rows) {
+        from = token_of ? token_of[first + r] : first + r;
+        there |= 1u << pass;
+      }
+      row[pass] = static_cast<const T*>(x) + from * stride + thread_column();
     }
+  }
+  // The chunk `column` elements further on, of rows that have `columns`.
+  __device__ __forceinline__ Chunk<T> chunk(int pass, int column, int columns) const {
+    return chunk_of(row[pass] + column, columns - column - thread_column(), there >> pass & 1);
   }
 };
 
