@@ -232,9 +232,26 @@ def describe(row: dict, limits: dict[str, float]) -> str:
     return f"{name:48} {row['dtype']:9} {row['direction']:17} {own:9.1f} us  {rate:36} {ratios}"
 
 
+def experts_benchmarks(spec: OpSpec, dtype: torch.dtype) -> Iterator[Sample]:
+    """A layer of 128 experts, 8 for each token, in training and in decoding: of `grouped_glu` the first half, which
+    gathers its rows, of `grouped_gemm` the second."""
+    experts, top_k, dim, ffn = 128, 8, 2048, 768
+    first = spec.name == "grouped_glu"
+    n, k = (2 * ffn, dim) if first else (dim, ffn)
+    weight = torch.randn(experts, n, k, device="cuda", dtype=dtype) * k**-0.5
+    for label, tokens in (("32k tokens", 32768), ("about 1 row each", experts // top_k)):
+        of_rows, order = torch.randint(experts, (tokens * top_k,), device="cuda").sort()
+        offsets = torch.searchsorted(of_rows, torch.arange(experts + 1, device="cuda"), out_int32=True)
+        gathered = {"token_of": (order // top_k).int(), "row_of": order.argsort().view(tokens, top_k).int()}
+        x = torch.randn(tokens if first else tokens * top_k, k, device="cuda", dtype=dtype)
+        yield Sample(f"128 experts, {label}", (x, weight, offsets), gathered if first else {}, (0, 1))
+
+
 def benchmarks(spec: OpSpec, dtype: torch.dtype) -> Iterator[Sample]:
-    """The registry's, and attention at sizes that a GPU is bought for."""
+    """The registry's, and attention and experts at sizes that a GPU is bought for."""
     yield from spec.benchmarks(dtype, "cuda")
+    if spec.name in ("grouped_gemm", "grouped_glu"):
+        yield from experts_benchmarks(spec, dtype)
     if spec.name != "attention":
         return
     for batch, seq, heads, kv_heads, dim in ((4, 4096, 32, 8, 128), (1, 16384, 32, 8, 128), (8, 2048, 16, 16, 64)):
