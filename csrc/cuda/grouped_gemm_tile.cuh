@@ -32,8 +32,8 @@ constexpr GemmTile kGemmTiles[] = {
     // (cuda-attention-backward.md,
     // "What bounds it"). 128 registers of sums; 144 of the 163 KiB that sm_80 has.
     {128, 256, 2, 4, 3, 1},
-    // For few columns, small grids and cards with 99 KiB: warps of 64 x 32, 96 KiB.
-    {128, 128, 2, 4, 3, 1},
+    // For few columns, small grids and cards with 99 KiB: warps of 64 x 32, 96 KiB, of which an sm_90 has room for two.
+    {128, 128, 2, 4, 3, 2},
     // Few rows for each expert: the weights are the side of 128, so that no product is wasted on absent rows beyond 16
     // and each weight goes through the machine once. 72 KiB, of which 48 are on their way: two CTAs on an sm_80, three
     // on an sm_90 keep the memory busy.

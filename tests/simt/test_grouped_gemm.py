@@ -92,3 +92,15 @@ def test_sums_in_parts(op, k, nan_in_new_memory):
 def test_small_cards(op, shared, nan_in_new_memory):
     with emulator(shared_bytes=shared * 1024), llmcore.backend("kernel"):
         check_sample(registry[op], sample("small card", [140, 3, 150], 264, 136, gradients=True))
+
+
+def test_no_bank_conflicts():
+    before = llmcore._C.emulator_counters()
+    for rows in ([130, 0, 70], [5, 0, 17]):
+        for op in ("grouped_gemm", "grouped_glu"):
+            with emulator(), llmcore.backend("kernel"):
+                check_sample(registry[op], sample("conflicts", rows, 136, 136, gradients=True))
+    after = llmcore._C.emulator_counters()
+    done = {name: after[name] - before[name] for name in after}
+    assert done["ldmatrix_matrices"] > 0
+    assert done["ldmatrix_wavefronts"] == done["ldmatrix_matrices"]
