@@ -117,3 +117,27 @@ def linear_cross_entropy(dtype: torch.dtype, device: str) -> Cases:
     hidden, weight = (torch.randn(n, dim, device=device, dtype=dtype) for n in (tokens, vocab))
     targets = torch.randint(vocab, (tokens,), device=device)
     yield Sample("8k tokens, H 4096, V 128k", (hidden, weight * dim**-0.5, targets), {}, (0, 1))
+
+
+def _experts(dim: int, ffn: int, first: bool, dtype: torch.dtype, device: str) -> Cases:
+    """A layer of 128 experts, 8 for each token, in training and in decoding: the first product, which gathers its rows,
+    or the second."""
+    experts, top_k = 128, 8
+    n, k = (2 * ffn, dim) if first else (dim, ffn)
+    weight = torch.randn(experts, n, k, device=device, dtype=dtype) * k**-0.5
+    for label, tokens in (("32k tokens", 32768), ("about 1 row each", experts // top_k)):
+        of_rows, order = torch.randint(experts, (tokens * top_k,), device=device).sort()
+        offsets = torch.searchsorted(of_rows, torch.arange(experts + 1, device=device), out_int32=True)
+        gathered = {"token_of": (order // top_k).int(), "row_of": order.argsort().view(tokens, top_k).int()}
+        x = torch.randn(tokens if first else tokens * top_k, k, device=device, dtype=dtype)
+        yield Sample(f"128 experts, {label}", (x, weight, offsets), gathered if first else {}, (0, 1))
+
+
+@case("grouped_glu")
+def grouped_glu(dtype: torch.dtype, device: str) -> Cases:
+    yield from _experts(2048, 768, True, dtype, device)
+
+
+@case("grouped_gemm")
+def grouped_gemm(dtype: torch.dtype, device: str) -> Cases:
+    yield from _experts(2048, 768, False, dtype, device)

@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor> glu_backward(const Tensor& dy, const Tensor& gate, co
                       u.tensor.const_data_ptr(),
                       u.stride,
                       dgate.mutable_data_ptr(),
-                      dup.mutable_data_ptr()};
+                      dup.mutable_data_ptr(),
+                      g.dim};
   if (g.dim > 0) LLMCORE_RUN(glu_backward, gate, p);
   return {dgate, dup};
 }

@@ -33,10 +33,16 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "moe_combine_backward(Tensor dout, Tensor y_sorted, Tensor weights, Tensor row_of) -> (Tensor dy_sorted, "
       "Tensor dweights)");
-  m.def("grouped_gemm(Tensor x_sorted, Tensor weight, Tensor offsets) -> Tensor y");
+  m.def("grouped_gemm(Tensor x, Tensor weight, Tensor offsets, Tensor? token_of, Tensor? row_of) -> Tensor y");
   m.def(
-      "grouped_gemm_backward(Tensor dy, Tensor x_sorted, Tensor weight, Tensor offsets, bool need_dx, "
-      "bool need_dweight) -> (Tensor dx, Tensor dweight)");
+      "grouped_gemm_backward(Tensor dy, Tensor x, Tensor weight, Tensor offsets, Tensor? token_of, Tensor? row_of, "
+      "bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "grouped_glu(Tensor x, Tensor gate_up, Tensor offsets, Tensor? token_of, Tensor? row_of, str activation, "
+      "bool keep) -> (Tensor out, Tensor kept)");
+  m.def(
+      "grouped_glu_backward(Tensor dout, Tensor kept, Tensor x, Tensor gate_up, Tensor offsets, Tensor? token_of, "
+      "Tensor? row_of, str activation, bool need_dx, bool need_dgate_up) -> (Tensor dx, Tensor dgate_up)");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
       "float z_loss, float label_smoothing) -> (Tensor loss, Tensor lse)");

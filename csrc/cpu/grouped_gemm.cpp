@@ -1,5 +1,6 @@
 #include "llmcore/grouped_gemm.h"
 
+#include "activations.h"
 #include "gemm_workers.h"
 
 namespace llmcore {
@@ -111,8 +112,32 @@ void multiply_few(int64_t rows, int64_t n, int64_t k, const T* x, int64_t x_stri
   for (int64_t r = 0; r < rows; ++r) store_row(y + r * y_stride, sums + r * kDirectColumns, n);
 }
 
+// Rows token_of[r] of x, gathered; x itself without token_of.
+template <class T>
+class GatheredRows {
+ public:
+  GatheredRows(const void* x, int64_t stride, const int32_t* token_of, int64_t rows, int64_t k, const Parallel& par)
+      : x_(static_cast<const T*>(x)), stride_(stride), gathered_(token_of ? rows * k : 0) {
+    if (!token_of) return;
+    parallel_ranges(par, rows, row_grain(k + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        __builtin_memcpy(gathered_.data() + r * k, x_ + token_of[r] * stride, k * sizeof(T));
+    });
+    x_ = gathered_.data();
+    stride_ = k;
+  }
+  const T* data() const { return x_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  const T* x_;
+  int64_t stride_;
+  Scratch<T> gathered_;
+};
+
 template <class T>
 void multiply(const GroupedGemmParams& p, const Parallel& par) {
+  const GatheredRows<T> all_x(p.x, p.x_stride, p.token_of, p.rows, p.k, par);
   Scratch<int64_t> first(p.num_experts + 1);
   const auto rows_of = [&](int64_t e) -> int64_t { return p.offsets[e + 1] - p.offsets[e]; };
   int64_t all_row_blocks = 0;
@@ -128,21 +153,22 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
   parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
     const int64_t e = expert_of(first.data(), p.num_experts, task), rows = rows_of(e),
                   of_expert = task - first.data()[e];
-    const T* x = static_cast<const T*>(p.x) + p.offsets[e] * p.x_stride;
+    const T* x = all_x.data() + p.offsets[e] * all_x.stride();
     T* y = static_cast<T*>(p.y) + p.offsets[e] * p.n;
     Matrix<T> b{static_cast<const T*>(p.weight) + e * p.expert_stride, p.k_stride, p.n_stride};
     if (rows <= kDirectRows) {
       const int64_t j = of_expert * kDirectColumns;
       b.data += j * b.col_stride;
-      multiply_few(rows, at_most(p.n - j, kDirectColumns), p.k, x, p.x_stride, b, y + j, p.n,
+      multiply_few(rows, at_most(p.n - j, kDirectColumns), p.k, x, all_x.stride(), b, y + j, p.n,
                    x_rows.data() + worker * kDirectRows * p.k, workers.tile(worker));
       return;
     }
     const int64_t row_blocks = blocks(rows, kRowBlock);
     const int64_t r = of_expert % row_blocks * kRowBlock, j = of_expert / row_blocks * columns;
     b.data += j * b.col_stride;
-    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, columns), p.k, Matrix<T>{x + r * p.x_stride, p.x_stride, 1},
-            b, y + r * p.n + j, p.n, workers.tile(worker), workers.packing(worker));
+    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, columns), p.k,
+            Matrix<T>{x + r * all_x.stride(), all_x.stride(), 1}, b, y + r * p.n + j, p.n, workers.tile(worker),
+            workers.packing(worker));
   });
 }
 
@@ -164,8 +190,30 @@ void outer_products(int64_t rows, int64_t n, int64_t k, const T* dy, int64_t dy_
   }
 }
 
+// The product, rounded where it is kept, then the gated linear unit of its halves.
+template <class T>
+void multiply_glu(const GroupedGluParams& g, const Parallel& par) {
+  GroupedGemmParams p = g.product;
+  const int64_t dim = p.n / 2;
+  Scratch<T> own(p.y ? 0 : p.rows * p.n);
+  if (!p.y) p.y = own.data();
+  multiply<T>(p, par);
+  parallel_ranges(par, p.rows, row_grain(dim + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T *gate = static_cast<const T*>(p.y) + r * p.n, *up = gate + dim;
+      T* out = static_cast<T*>(g.out) + r * dim;
+      for_row(dim, [&](int64_t i, auto n) {
+        const vf x = load_n(gate + i, n);
+        store_n(out + i, (g.activation == Activation::silu ? Silu::value(x) : GeluTanh::value(x)) * load_n(up + i, n),
+                n);
+      });
+    }
+  });
+}
+
 template <class T>
 void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
+  const GatheredRows<T> all_x(p.x, p.x_stride, p.token_of, p.offsets[p.num_experts], p.k, par);
   const int64_t n_blocks = blocks(p.n, kRowBlock);
   const int64_t columns = column_block(p.num_experts * n_blocks, p.k, par.threads), k_blocks = blocks(p.k, columns);
   GemmWorkers workers(par.threads, kRowBlock * columns);
@@ -174,13 +222,13 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
     const int64_t j = task / k_blocks % n_blocks * kRowBlock, i = task % k_blocks * columns;
     const int64_t rows = p.offsets[e + 1] - begin, n = at_most(p.n - j, kRowBlock), k = at_most(p.k - i, columns);
     const T* dy = static_cast<const T*>(p.dy) + begin * p.dy_stride + j;
-    const T* x = static_cast<const T*>(p.x) + begin * p.x_stride + i;
+    const T* x = all_x.data() + begin * all_x.stride() + i;
     T* out = static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i;
     if (rows <= kDirectRows)
-      outer_products(rows, n, k, dy, p.dy_stride, x, p.x_stride, out, p.k, workers.tile(worker));
+      outer_products(rows, n, k, dy, p.dy_stride, x, all_x.stride(), out, p.k, workers.tile(worker));
     else
-      gemm_to(n, k, rows, Matrix<T>{dy, 1, p.dy_stride}, Matrix<T>{x, p.x_stride, 1}, out, p.k, workers.tile(worker),
-              workers.packing(worker));
+      gemm_to(n, k, rows, Matrix<T>{dy, 1, p.dy_stride}, Matrix<T>{x, all_x.stride(), 1}, out, p.k,
+              workers.tile(worker), workers.packing(worker));
   });
 }
 
@@ -188,6 +236,10 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
 
 void grouped_gemm(const GroupedGemmParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, multiply<T>(p, par))
+}
+
+void grouped_glu(const GroupedGluParams& p, const Parallel& par) {
+  LLMCORE_DISPATCH_FLOAT(p.product.dtype, T, multiply_glu<T>(p, par))
 }
 
 void grouped_gemm_weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {

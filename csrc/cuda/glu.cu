@@ -2,6 +2,7 @@
 // memory: 3 elements move per result forward, 5 backward.
 #include "llmcore/glu.h"
 
+#include "activations.cuh"
 #include "launch.cuh"
 #include "vec.cuh"
 
@@ -10,44 +11,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-PTX_DEVICE float exp(float x) { return ptx::exp2(x * 1.4426950408889634f); }
-
-struct ValueAndSlope {
-  float value, slope;
-};
-
-struct Silu {
-  PTX_DEVICE float value(float g) { return g / (1.f + exp(-g)); }
-  PTX_DEVICE ValueAndSlope both(float g) {
-    const float s = 1.f / (1.f + exp(-g)), value = g * s;
-    return {value, s + value * (1.f - s)};
-  }
-};
-
-// g/2 (1 + tanh(u)), u = sqrt(2/pi) (g + 0.044715 g^3) (Hendrycks & Gimpel, arXiv 1606.08415)
-struct GeluTanh {
-  static constexpr float kScale = 0.7978845608028654f, kCubic = 0.044715f;
-  PTX_DEVICE float inner(float g) { return kScale * g * (1.f + kCubic * g * g); }
-  PTX_DEVICE float value(float g) { return 0.5f * g * (1.f + tanhf(inner(g))); }
-  PTX_DEVICE ValueAndSlope both(float g) {
-    const float c = fminf(fmaxf(g, -30.f), 30.f);  // saturated long before; 0 * g^3 must not become 0 * inf
-    // With q = 1 - tanh|u| the slope of tanh is q (2 - q): 1 - tanh^2 would cancel.
-    const float u = inner(c), e = exp(-2.f * fabsf(u)), q = 2.f * e / (1.f + e);
-    const float half = 0.5f * (1.f + copysignf(1.f - q, u)), dinner = kScale * (1.f + 3.f * kCubic * c * c);
-    return {g * half, half + 0.5f * c * q * (2.f - q) * dinner};
-  }
-};
-
-// g/2 (1 + erf(g / sqrt(2)))
-struct GeluErf {
-  PTX_DEVICE float cdf(float g) { return 0.5f * (1.f + erff(g * 0.7071067811865476f)); }
-  PTX_DEVICE float value(float g) { return g * cdf(g); }
-  PTX_DEVICE ValueAndSlope both(float g) {
-    const float c = cdf(g), density = 0.3989422804014327f * exp(-0.5f * g * g);
-    return {g * c, c + g * density};
-  }
-};
 
 // The grid's x covers a row, its y the rows (in strides, when there are more than it may have).
 template <class T, class Act, int Width>
@@ -79,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) backward(GluBackwardParams p) {
       gate[i] = dy[i] * up[i] * act.slope;
       up[i] = dy[i] * act.value;
     }
-    store(static_cast<T*>(p.dgate) + row * p.dim + column, gate);
-    store(static_cast<T*>(p.dup) + row * p.dim + column, up);
+    store(static_cast<T*>(p.dgate) + row * p.d_stride + column, gate);
+    store(static_cast<T*>(p.dup) + row * p.d_stride + column, up);
   }
 }
 
@@ -103,8 +66,8 @@ template <class T, class Act>
 Status run(const GluBackwardParams& p, const Device& device) {
   constexpr int W = kVector<T>;
   const bool vectors = vectors_fit<T>(p.dy, p.dy_stride, p.dim) && vectors_fit<T>(p.gate, p.gate_stride, p.dim) &&
-                       vectors_fit<T>(p.up, p.up_stride, p.dim) && vectors_fit<T>(p.dgate, p.dim, p.dim) &&
-                       vectors_fit<T>(p.dup, p.dim, p.dim);
+                       vectors_fit<T>(p.up, p.up_stride, p.dim) && vectors_fit<T>(p.dgate, p.d_stride, p.dim) &&
+                       vectors_fit<T>(p.dup, p.d_stride, p.dim);
   if (vectors) return launch(backward<T, Act, W>, grid(p, W), kThreads, 0, device, p);
   return launch(backward<T, Act, 1>, grid(p, 1), kThreads, 0, device, p);
 }

@@ -9,6 +9,7 @@ from llmcore.ops.dyt import dyt
 from llmcore.ops.global_norm import global_norm
 from llmcore.ops.glu import geglu, swiglu
 from llmcore.ops.grouped_gemm import grouped_gemm
+from llmcore.ops.grouped_glu import grouped_glu
 from llmcore.ops.kv_cache_write import kv_cache_write
 from llmcore.ops.layer_norm import layer_norm
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
@@ -35,6 +36,7 @@ __all__ = [
     "geglu",
     "global_norm",
     "grouped_gemm",
+    "grouped_glu",
     "kv_cache_write",
     "layer_norm",
     "linear_cross_entropy",

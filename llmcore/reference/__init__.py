@@ -8,7 +8,7 @@ from llmcore.reference.attention import attention, paged_attention
 from llmcore.reference.glu import geglu, swiglu
 from llmcore.reference.kv_cache import LARGEST_ELEMENT, kv_cache_write, quantise
 from llmcore.reference.losses import linear_cross_entropy
-from llmcore.reference.moe import grouped_gemm, moe_combine, moe_dispatch, moe_route, moe_sort
+from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_dispatch, moe_route, moe_sort
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.optim import adamw_, global_norm
 from llmcore.reference.rope import rope, rope_
@@ -23,6 +23,7 @@ __all__ = [
     "geglu",
     "global_norm",
     "grouped_gemm",
+    "grouped_glu",
     "kv_cache_write",
     "layer_norm",
     "linear_cross_entropy",

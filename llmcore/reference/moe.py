@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmcore.reference.checks import check, check_indices, check_offsets, check_shape
+from llmcore.reference.glu import geglu, swiglu
 from llmcore.reference.norms import _compute_dtype
 
 
@@ -88,9 +89,45 @@ def moe_combine(y_sorted: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
     return (wide * weights.to(wide.dtype).unsqueeze(-1)).sum(1).to(y_sorted.dtype)
 
 
-def grouped_gemm(x_sorted: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _products(op: str, x: Tensor, weight: Tensor, offsets: Tensor, token_of: Tensor | None, row_of: Tensor | None):
+    """(rows, n): one product per expert, not rounded to x's dtype yet."""
+    dtype = _compute_dtype(x)
+    check((token_of is None) == (row_of is None), f"{op}: token_of and row_of go together; give both or neither")
+    x = x.to(dtype)
+    if token_of is not None:
+        tokens, rows = x.shape[0], token_of.numel()
+        check_shape(f"{op}: token_of", token_of, rows)
+        check_shape(f"{op}: row_of", row_of, tokens, rows // tokens if tokens else row_of.shape[-1])
+        check_indices(f"{op}: row_of", row_of, 0, rows)
+        held = torch.full_like(token_of, -1)
+        held[row_of.long()] = torch.arange(tokens, dtype=held.dtype, device=held.device).unsqueeze(1)
+        check(torch.equal(held, token_of), f"{op}: token_of and row_of do not agree on whose the rows are")
+        x = x[token_of.long()]
+    check_offsets(f"{op}: offsets", offsets, weight.shape[0], x.shape[0])
+    groups = x.split(offsets.diff().tolist())
+    return torch.cat([x @ w.to(dtype).t() for x, w in zip(groups, weight)])
+
+
+def grouped_gemm(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, token_of: Tensor | None = None, row_of: Tensor | None = None
+) -> Tensor:
     """See `llmcore.ops.grouped_gemm`."""
-    dtype = _compute_dtype(x_sorted)
-    check_offsets("grouped_gemm: offsets", offsets, weight.shape[0], x_sorted.shape[0])
-    groups = x_sorted.split(offsets.diff().tolist())
-    return torch.cat([x.to(dtype) @ w.to(dtype).t() for x, w in zip(groups, weight)]).to(x_sorted.dtype)
+    return _products("grouped_gemm", x, weight, offsets, token_of, row_of).to(x.dtype)
+
+
+def grouped_glu(
+    x: Tensor,
+    gate_up: Tensor,
+    offsets: Tensor,
+    *,
+    token_of: Tensor | None = None,
+    row_of: Tensor | None = None,
+    activation: str = "swiglu",
+) -> Tensor:
+    """See `llmcore.ops.grouped_glu`."""
+    check(activation in ("swiglu", "geglu"), f"grouped_glu: activation is {activation!r}; accepted: 'swiglu', 'geglu'")
+    check(
+        gate_up.shape[1] % 2 == 0, f"grouped_glu: gate_up has shape {tuple(gate_up.shape)}; its second dimension is odd"
+    )
+    gate, up = _products("grouped_glu", x, gate_up, offsets, token_of, row_of).chunk(2, -1)
+    return (swiglu(gate, up) if activation == "swiglu" else geglu(gate, up)).to(x.dtype)

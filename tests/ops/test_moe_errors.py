@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmcore
 from llmcore import ops
@@ -142,11 +143,11 @@ def offsets_of(*values: int) -> torch.Tensor:
     [
         (X, WEIGHT, offsets_of(0, 2, 1, 3), r"offsets\[2\] is 1, below 2 before it; offsets must not fall"),
         (X, WEIGHT, offsets_of(1, 2, 2, 3), r"offsets\[0\] is 1; offsets start with 0"),
-        (X, WEIGHT, offsets_of(0, 2, 2, 2), "offsets ends with 2, but x_sorted has 3 rows"),
+        (X, WEIGHT, offsets_of(0, 2, 2, 2), "offsets ends with 2, but x has 3 rows"),
         (X, WEIGHT, offsets_of(0, 2, 3), r"offsets has shape \(3,\); expected \(4\)"),
         (X, WEIGHT, offsets_of(0, 2, 2, 3).long(), "offsets has dtype int64; expected int32"),
-        (X, WEIGHT.bfloat16(), offsets_of(0, 2, 2, 3), "weight has dtype bfloat16, but x_sorted has float32"),
-        (X, WEIGHT[:, :, :3], offsets_of(0, 2, 2, 3), r"x_sorted has shape \(3, 4\), but weight has shape \(3, 5, 3\)"),
+        (X, WEIGHT.bfloat16(), offsets_of(0, 2, 2, 3), "weight has dtype bfloat16, but x has float32"),
+        (X, WEIGHT[:, :, :3], offsets_of(0, 2, 2, 3), r"x has shape \(3, 4\), but weight has shape \(3, 5, 3\)"),
         (X, WEIGHT[0], offsets_of(0, 3), r"weight has shape \(5, 4\); expected \(num_experts, n, k\)"),
     ],
 )
@@ -160,3 +161,95 @@ def test_grouped_gemm_gradient_is_0_without_rows():
     ops.grouped_gemm(X, weight, offsets_of(0, 2, 2, 3)).sum().backward()
     assert (weight.grad[1] == 0).all()
     assert (weight.grad[0] == X[:2].sum(0)).all()
+
+
+GATE_UP = torch.linspace(-1, 1, 2 * 6 * 4).view(2, 6, 4)
+TOKEN_OF = torch.tensor([0, 2, 1, 0, 1, 2], dtype=torch.int32)
+ROW_OF = torch.tensor([[3, 0], [2, 4], [1, 5]], dtype=torch.int32)
+GATHERED = {"token_of": TOKEN_OF, "row_of": ROW_OF}
+
+
+def changed(t: torch.Tensor, where, value: int) -> torch.Tensor:
+    t = t.clone()
+    t[where] = value
+    return t
+
+
+@pytest.mark.parametrize("op", [ops.grouped_gemm, ops.grouped_glu])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"token_of": TOKEN_OF}, "token_of and row_of go together; give both or neither"),
+        ({"row_of": ROW_OF}, "token_of and row_of go together; give both or neither"),
+        (GATHERED | {"token_of": TOKEN_OF.long()}, "token_of has dtype int64; expected int32"),
+        (GATHERED | {"row_of": ROW_OF.long()}, "row_of has dtype int64; expected int32"),
+        (GATHERED | {"token_of": TOKEN_OF[None]}, r"token_of has shape \(1, 6\); expected \(rows,\)"),
+        (GATHERED | {"row_of": ROW_OF[0]}, r"row_of has shape \(2,\); expected \(tokens, top_k\)"),
+        (GATHERED | {"row_of": ROW_OF[:2]}, r"row_of has shape \(2, 2\); expected \(3, top_k\)"),
+        (GATHERED | {"row_of": ROW_OF[:, :1]}, "one entry for each of token_of's 6 rows"),
+        (GATHERED | {"row_of": changed(ROW_OF, (1, 1), 6)}, r"row_of\[1, 1\] is 6; accepted: 0 to 5"),
+        (GATHERED | {"row_of": changed(ROW_OF, (1, 1), -1)}, r"row_of\[1, 1\] is -1; accepted: 0 to 5"),
+        (GATHERED | {"row_of": changed(ROW_OF, (1, 1), 2)}, r"row_of\[1, 1\] is 2, which an earlier assignment holds"),
+        (
+            GATHERED | {"token_of": changed(TOKEN_OF, 4, 2)},
+            r"token_of\[4\] is 2, but row_of says that row 4 is token 1's",
+        ),
+        (GATHERED | {"offsets": offsets_of(0, 3, 5)}, "offsets ends with 5, but token_of has 6 rows"),
+    ],
+)
+def test_gathered_rows_are_refused(op, arguments, message):
+    arguments = {"offsets": offsets_of(0, 3, 6), **arguments}
+    with pytest.raises(RuntimeError, match=message):
+        op(X, GATE_UP, **arguments)
+
+
+def test_grouped_glu_refuses():
+    with pytest.raises(RuntimeError, match="activation is 'relu'; accepted: 'swiglu', 'geglu'"):
+        ops.grouped_glu(X, GATE_UP, offsets_of(0, 1, 3), activation="relu")
+    with pytest.raises(
+        RuntimeError, match=r"gate_up has shape \(3, 5, 4\); its second dimension holds the gate's rows"
+    ):
+        ops.grouped_glu(X, WEIGHT, offsets_of(0, 1, 2, 3))
+
+
+def test_gathering_is_a_copy_less():
+    """The results of rows that were copied into order first, gradients included."""
+    results = []
+    for gather in (False, True):
+        x, gate_up = X.clone().requires_grad_(), GATE_UP.clone().requires_grad_()
+        offsets = offsets_of(0, 2, 6)
+        if gather:
+            y = ops.grouped_glu(x, gate_up, offsets, **GATHERED)
+        else:
+            y = ops.grouped_glu(x[TOKEN_OF.long()], gate_up, offsets)
+        y.square().sum().backward()
+        results.append((y, x.grad, gate_up.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_grouped_glu_forms_again_what_was_not_kept():
+    gradients = []
+    for keep in (True, False):
+        x, gate_up = X.clone().requires_grad_(), GATE_UP.clone().requires_grad_()
+        out, kept = torch.ops.llmcore.grouped_glu(x, gate_up, offsets_of(0, 1, 3), None, None, "geglu", keep)
+        assert kept.shape == ((3, 6) if keep else (0,))
+        gradients.append(torch.autograd.grad(out.sum(), (x, gate_up)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_grouped_glu_keeps_nothing_without_a_gradient():
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((func._schema.name, args))
+            return func(*args, **(kwargs or {}))
+
+    x, offsets = X.clone().requires_grad_(), offsets_of(0, 1, 3)
+    with Record():
+        ops.grouped_glu(X, GATE_UP, offsets)
+        ops.grouped_glu(x, GATE_UP, offsets)
+        with torch.no_grad():
+            ops.grouped_glu(x, GATE_UP, offsets)
+    assert [args[-1] for name, args in calls if name == "llmcore::grouped_glu"] == [False, True, False]

@@ -73,6 +73,20 @@ CASES = [
     (lambda: ops.moe_combine(f64(2, 4), torch.ones(1, 1), ints([0], [1])), r"weights has shape \(1, 1\)"),
     (lambda: ops.grouped_gemm(f64(3, 4), f64(1, 5, 4), ints(1, 4)), "start with 0"),
     (lambda: ops.grouped_gemm(f64(3, 4), f64(3, 5, 4), ints(0, 3)), r"offsets has shape \(2,\); expected \(4,\)"),
+    (
+        lambda: ops.grouped_gemm(f64(2, 4), f64(1, 5, 4), ints(0, 2), token_of=ints(0, 1)),
+        "token_of and row_of go together",
+    ),
+    (
+        lambda: ops.grouped_gemm(f64(2, 4), f64(1, 5, 4), ints(0, 2), token_of=ints(0, 1), row_of=ints([1], [0])),
+        "token_of and row_of do not agree",
+    ),
+    (
+        lambda: ops.grouped_gemm(f64(2, 4), f64(1, 5, 4), ints(0, 2), token_of=ints(0, 1), row_of=ints([0], [-1])),
+        "row_of holds -1; accepted: 0 to 1",
+    ),
+    (lambda: ops.grouped_glu(f64(2, 4), f64(1, 5, 4), ints(0, 2)), r"gate_up has shape \(1, 5, 4\)"),
+    (lambda: ops.grouped_glu(f64(2, 4), f64(1, 6, 4), ints(0, 2), activation="relu"), "activation is 'relu'"),
     (lambda: write(k=f64(3, 1, 8), v=f64(3, 1, 8)), r"k_cache has shape \(2, 4, 2, 8\); expected \(2, 4, 1, 8\)"),
     (lambda: write(v=f64(2, 2, 8)), r"v has shape \(2, 2, 8\); expected \(3, 2, 8\)"),
     (lambda: write(slot_mapping=torch.arange(1)), r"slot_mapping has shape \(1,\); expected \(3,\)"),

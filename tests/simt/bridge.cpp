@@ -61,8 +61,6 @@ ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 
 ON_THE_EMULATOR(dyt_forward, DytParams)
 ON_THE_EMULATOR(dyt_backward, DytBackwardParams)
-WITHOUT_CUDA_KERNEL(grouped_gemm, GroupedGemmParams)
-WITHOUT_CUDA_KERNEL(grouped_gemm_weight_grad, GroupedGemmWeightGradParams)
 ON_THE_EMULATOR(kv_cache_write, KvCacheWriteParams)
 ON_THE_EMULATOR(layer_norm_forward, NormParams)
 ON_THE_EMULATOR(layer_norm_backward, NormBackwardParams)
@@ -103,6 +101,26 @@ void attention_backward(const AttentionBackwardParams& p, const Parallel& par) {
   const auto workspace = workspace_of(cuda::attention_backward_workspace(p, device()));
   with.workspace = workspace.get();
   check(cuda::attention_backward(with, device()), "attention_backward");
+}
+
+// Nor have grouped products.
+void grouped_gemm(const GroupedGemmParams& p, const Parallel& par) {
+  if (p.dtype == DType::f32) return portable::grouped_gemm(p, par);
+  GroupedGemmParams with = p;
+  const auto workspace = workspace_of(cuda::grouped_gemm_workspace(p, device()));
+  with.workspace = workspace.get();
+  check(cuda::grouped_gemm(with, device()), "grouped_gemm");
+}
+void grouped_glu(const GroupedGluParams& p, const Parallel& par) {
+  if (p.product.dtype == DType::f32) return portable::grouped_glu(p, par);
+  GroupedGluParams with = p;
+  const auto workspace = workspace_of(cuda::grouped_glu_workspace(p, device()));
+  with.product.workspace = workspace.get();
+  check(cuda::grouped_glu(with, device()), "grouped_glu");
+}
+void grouped_gemm_weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
+  if (p.dtype == DType::f32) return portable::grouped_gemm_weight_grad(p, par);
+  check(cuda::grouped_gemm_weight_grad(p, device()), "grouped_gemm_weight_grad");
 }
 
 }  // namespace cuda_emulated

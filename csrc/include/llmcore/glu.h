@@ -31,8 +31,9 @@ struct GluBackwardParams {
   int64_t gate_stride;
   const void* up;  // (rows, dim)
   int64_t up_stride;
-  void* dgate;  // (rows, dim), contiguous
-  void* dup;    // (rows, dim), contiguous
+  void* dgate;       // (rows, dim)
+  void* dup;         // (rows, dim)
+  int64_t d_stride;  // of both
 };
 
 LLMCORE_CPU_KERNEL(glu_forward, GluParams)

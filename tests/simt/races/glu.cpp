@@ -32,8 +32,8 @@ RACE_CASE(glu_backward) {
         const Tensor dy = random_normal(dtype, kRows * dim), gate = random_normal(dtype, kRows * dim),
                      up = random_normal(dtype, kRows * dim);
         Tensor dgate(dtype, kRows * dim), dup(dtype, kRows * dim);
-        const GluBackwardParams p{dtype,       activation, kRows,     dim, dy.data(),    dim,
-                                  gate.data(), dim,        up.data(), dim, dgate.data(), dup.data()};
+        const GluBackwardParams p{dtype, activation, kRows, dim,          dy.data(),  dim, gate.data(),
+                                  dim,   up.data(),  dim,   dgate.data(), dup.data(), dim};
         check(name(dtype), BOTH(glu_backward), p, {{"dgate", dgate}, {"dup", dup}});
       }
 }
