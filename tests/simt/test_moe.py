@@ -105,3 +105,12 @@ def test_groups_that_a_small_card_has_no_room_for(num_experts):
     for shared in (97, 99):
         with emulator(shared_bytes=shared * 1024):
             check_sample(registry["moe_route"], Sample("", (logits, 6), options, (0,)))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("num_experts", "num_groups"), [(64, 8), (66, 33), (600, 6)])
+def test_ties_within_and_between_groups(num_experts, num_groups, score, emulated):
+    """Few values: the two best of a group are often equal, and so are groups."""
+    logits = torch.randint(3, (20, num_experts), generator=torch.Generator().manual_seed(0)).float()
+    options = {"score": score, "num_groups": num_groups, "topk_groups": 3}
+    check_sample(registry["moe_route"], Sample("", (logits, 5), options, (0,)))
