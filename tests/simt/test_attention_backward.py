@@ -17,7 +17,6 @@ from llmcore.ops.registry import Sample
 from tests.ops.checks import check_sample, copied, run_with_gradients
 from tests.simt.emulation import MODES, emulator
 
-
 BY_DEFAULT = registry["attention"]
 DETERMINISTIC = dataclasses.replace(BY_DEFAULT, op=functools.partial(BY_DEFAULT.op, deterministic=True))
 both_ways = pytest.mark.parametrize("spec", [BY_DEFAULT, DETERMINISTIC], ids=["fused", "deterministic"])
