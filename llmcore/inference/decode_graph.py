@@ -14,7 +14,7 @@ from llmcore.ops.registry import use_kernel
 
 # What a captured step must find a kernel for: references look at their inputs on the host.
 _STEP_OPS = ("paged_attention", "kv_cache_write")
-_MOE_OPS = ("moe_route", "moe_dispatch", "grouped_gemm", "moe_combine")
+_MOE_OPS = ("moe_route", "grouped_glu", "grouped_gemm", "moe_combine")
 
 
 def can_capture(model: Transformer) -> bool:

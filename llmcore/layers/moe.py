@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.layers.mlp import GatedMLP, check_gated, gated
+from llmcore.layers.mlp import GatedMLP, check_gated
 
 BALANCING = ("aux_loss", "bias", "none")
 
@@ -110,12 +110,14 @@ class MoE(nn.Module):
             if not finite.all():
                 raise FloatingPointError(f"the router's scores of token {int((~finite).nonzero()[0])} are not finite")
         routing = ops.moe_route(logits, self.top_k, bias=self.expert_bias, **self.routing)
-        x_sorted, offsets, row_of = ops.moe_dispatch(tokens, routing.experts, self.num_experts)
-        inner = gated(self.activation, ops.grouped_gemm(x_sorted, self.gate_up, offsets))
-        hidden = ops.moe_combine(ops.grouped_gemm(inner, self.down, offsets), routing.weights, row_of)
+        inner = ops.grouped_glu(
+            tokens, self.gate_up, routing.offsets, token_of=routing.token_of, row_of=routing.row_of,
+            activation=self.activation,
+        )  # fmt: skip
+        hidden = ops.moe_combine(ops.grouped_gemm(inner, self.down, routing.offsets), routing.weights, routing.row_of)
         if self.shared is not None:
             hidden = hidden + self.shared(tokens)
-        load = offsets.diff().long()
+        load = routing.offsets.diff().long()
         return MoEOutput(hidden.view_as(x), self._aux_loss(routing.scores, load), load)
 
     def _aux_loss(self, scores: Tensor, load: Tensor) -> Tensor | None:
