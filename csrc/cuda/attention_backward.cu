@@ -313,8 +313,9 @@ __global__ void __launch_bounds__(tiles<kPass>()[kEntry].threads()) gradients(At
     Accumulator<kBlocks, kStep> s, ds;
     clear(s);
     clear(ds);
-    multiply_rows<T, kDim>(s, own, local_row, stream, part * kStep);
-    multiply_rows<T, kVDim>(ds, own_v, local_row, stream_v, part * kStep);
+    constexpr int kAhead = kPass == Pass::fused && kSplit > 1 && kBlocks * kStep == 64 ? 1 : 2;  // 2 spills there
+    multiply_rows<T, kDim, kAhead>(s, own, local_row, stream, part * kStep);
+    multiply_rows<T, kVDim, kAhead>(ds, own_v, local_row, stream_v, part * kStep);
     const Statistics* of_columns = reinterpret_cast<const Statistics*>(columns + buffer * kStreamed * 8) + part * kStep;
     score_gradients<kKeys>(p.mask, walk, step, walk.owned_row + local_row, step.row + part * kStep, of_rows, of_columns,
                            s, ds);

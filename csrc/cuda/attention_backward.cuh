@@ -166,11 +166,11 @@ PTX_DEVICE void clear(Accumulator<kBlocks, kColumns>& x) {
 
 // s += X Y^T for kBlocks * 16 rows of X from x_row on and kColumns rows of Y from y_row on. Both tiles hold the summed
 // dimension along their rows, which is what the A and the B fragment want.
-template <class T, int kDim, int kBlocks, int kColumns>
+template <class T, int kDim, int kUnroll = 2, int kBlocks, int kColumns>
 PTX_DEVICE void multiply_rows(Accumulator<kBlocks, kColumns>& s, uint32_t x, int x_row, uint32_t y, int y_row) {
   using Tile = SharedTile<kDim>;
   const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll 2  // all of them: ptxas loads so far ahead that registers spill
+#pragma unroll(kUnroll)  // all of them: ptxas loads so far ahead that registers spill
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[kBlocks][4];
 #pragma unroll

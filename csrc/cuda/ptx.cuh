@@ -106,10 +106,10 @@ PTX_DEVICE void red_add_warp(float* at, const float (&x)[4]) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + 4 * (threadIdx.x % 32)), "f"(x[0]),
                  "f"(x[1]), "f"(x[2]), "f"(x[3])
                  : "memory");
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) red_add(at + 32 * i + threadIdx.x % 32, x[i]);
+    for (int i = 0; i < 4; ++i) red_add(at + 32 * i + threadIdx.x % 32, x[i]);
+  }
 }
 
 // ---- synchronisation and exchange
