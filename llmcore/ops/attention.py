@@ -333,7 +333,7 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield paged("decode, page of 7, window", [90, 41], 4, 2, 24, 7, window=20)
     yield paged("decode, MLA", [75], 16, 1, 576, 64, v_dim=512)
     yield paged("decode, MLA, 128 heads", [40], 128, 1, 576, 16, v_dim=512)
-    yield paged("decode, group of 72", [90], 72, 1, 64, 16, sinks=torch.randn(72, generator=make))
+    yield paged("decode, group of 72", [50], 72, 1, 64, 16, sinks=torch.randn(72, generator=make))
     yield paged("decode, 1 to 8 queries", [70, 9, 33, 0], 8, 2, 64, 7, queries=[8, 3, 1, 0])
     yield paged("decode, soft cap", [50, 20], 4, 4, 32, 32, softcap=5.0)
     yield paged("decode, int8", [50, 120, 1], 8, 2, 64, 16, cache_dtype=torch.int8)
