@@ -78,23 +78,6 @@ Call checked(const Tensor& x, const Tensor& weight, const Tensor& offsets, const
   return c;
 }
 
-// The memory that a launcher asks for: torch's allocator reuses it once the stream has passed this call.
-#ifdef LLMCORE_CUDA
-int64_t workspace(const GroupedGemmParams& p, const cuda::Device& d) { return cuda::grouped_gemm_workspace(p, d); }
-int64_t workspace(const GroupedGluParams& p, const cuda::Device& d) { return cuda::grouped_glu_workspace(p, d); }
-#endif
-template <class Params>
-Tensor with_workspace([[maybe_unused]] Params& p, [[maybe_unused]] GroupedGemmParams& product, const Tensor& like) {
-#ifdef LLMCORE_CUDA
-  if (!like.is_cpu()) {
-    Tensor memory = empty(like, {workspace(p, CudaCall(like).device())}, ScalarType::Byte);
-    product.workspace = memory.mutable_data_ptr();
-    return memory;
-  }
-#endif
-  return like;
-}
-
 GroupedGemmParams product_of(const Call& c, void* y) {
   const Tensor& w = c.weight;
   return {c.dtype,       c.rows,
@@ -107,14 +90,8 @@ GroupedGemmParams product_of(const Call& c, void* y) {
           nullptr};
 }
 
-void multiply(const Tensor& like, GroupedGemmParams p) {
-  const Tensor memory = with_workspace(p, p, like);
-  LLMCORE_RUN(grouped_gemm, like, p);
-}
-void multiply_glu(const Tensor& like, GroupedGluParams p) {
-  const Tensor memory = with_workspace(p, p.product, like);
-  LLMCORE_RUN(grouped_glu, like, p);
-}
+void multiply(const Tensor& like, GroupedGemmParams p) { LLMCORE_RUN_WITH_WORKSPACE(grouped_gemm, like, p); }
+void multiply_glu(const Tensor& like, GroupedGluParams p) { LLMCORE_RUN_WITH_WORKSPACE(grouped_glu, like, p); }
 
 // The gradient of x: dy times the weights read the other way, then the sum over the rows of a token.
 Tensor x_gradient(const Tensor& like, const Call& c, const Rows& dy) {
@@ -199,7 +176,7 @@ std::tuple<Tensor, Tensor> grouped_glu(const Tensor& x, const Tensor& gate_up, c
   const Activation act = activation_of(activation, "grouped_glu");
   const Call c = checked_glu(x, gate_up, offsets, token_of, row_of, "grouped_glu");
   Tensor out = empty(x, {c.rows, c.n / 2}), kept = keep ? empty(x, {c.rows, c.n}) : empty(x, {0});
-  multiply_glu(x, {product_of(c, keep ? kept.mutable_data_ptr() : nullptr), act, out.mutable_data_ptr()});
+  multiply_glu(x, {product_of(c, keep ? kept.mutable_data_ptr() : nullptr), act, out.mutable_data_ptr(), nullptr});
   return {out, kept};
 }
 

@@ -1,7 +1,6 @@
 #include "llmcore/moe_permute.h"
 
 #include "common.h"
-#include "workspace.h"
 
 namespace llmcore {
 namespace {
@@ -70,8 +69,7 @@ void sort_experts(const Tensor& experts, int64_t num_experts, const Tensor& offs
                   int32_t* token_of) {
   MoeSortParams p{experts.size(0),       experts.size(1),      num_experts, int_data(experts),
                   new_int_data(offsets), new_int_data(row_of), token_of,    nullptr};
-  const Tensor memory = LLMCORE_WORKSPACE(p, experts, moe_sort_workspace);
-  LLMCORE_RUN(moe_sort, experts, p);
+  LLMCORE_RUN_WITH_WORKSPACE(moe_sort, experts, p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_sort(const Tensor& experts, int64_t num_experts) {

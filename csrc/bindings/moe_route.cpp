@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "common.h"
-#include "workspace.h"
 
 namespace llmcore {
 namespace {
@@ -76,8 +75,7 @@ Routing moe_route(const Tensor& logits, int64_t top_k, bool sigmoid, const OptTe
                    bad_token.data(),
                    float_data(scratch),
                    nullptr};
-  const Tensor memory = LLMCORE_WORKSPACE(p, logits, moe_route_workspace);
-  LLMCORE_RUN(moe_route_forward, logits, p);
+  LLMCORE_RUN_WITH_WORKSPACE(moe_route_forward, logits, p);
   int64_t bad = -1;
   for (int64_t t : bad_token)
     if (t >= 0 && (bad < 0 || t < bad)) bad = t;

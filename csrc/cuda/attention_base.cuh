@@ -1,27 +1,13 @@
-// What all attention kernels share, forward and backward: lengths, who sees whom by position, fragments.
+// What all attention kernels share, forward and backward: lengths, and who sees whom by position.
 #pragma once
 #include "llmcore/attention.h"
-#include "ptx.cuh"
-#include "vec.cuh"
+#include "tile.cuh"
 
 namespace llmcore {
 namespace cuda {
 
 constexpr float kNegInf = -__builtin_huge_valf();
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-template <class I>
-__host__ __device__ constexpr I ceil_div(I a, I b) {
-  return (a + b - 1) / b;
-}
-template <class I>
-__host__ __device__ constexpr I smaller(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-__host__ __device__ constexpr I larger(I a, I b) {
-  return a > b ? a : b;
-}
 
 // ---- sequences -----------------------------------------------------------------------------------------------------
 
@@ -61,17 +47,6 @@ PTX_DEVICE int position_of(const Sequence& seq, int query) { return query + seq.
 // The keys that a query sees by position. Both ends move right with the query.
 PTX_DEVICE KeyRange visible_keys(const Band& band, int num_k, int position) {
   return {larger(position - band.below, 0), smaller(position + band.above, num_k - 1)};
-}
-
-// ---- fragments -----------------------------------------------------------------------------------------------------
-
-// Two neighbouring C fragments as 16-bit elements: an A fragment.
-template <class T>
-PTX_DEVICE void as_a_fragment(const float (&left)[4], const float (&right)[4], uint32_t (&a)[4]) {
-  a[0] = pack2(T{}, left[0], left[1]);
-  a[1] = pack2(T{}, left[2], left[3]);
-  a[2] = pack2(T{}, right[0], right[1]);
-  a[3] = pack2(T{}, right[2], right[3]);
 }
 
 }  // namespace cuda

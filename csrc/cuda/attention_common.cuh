@@ -1,5 +1,5 @@
-// What the attention kernels share: which rows a CTA takes, which keys they see, tiles of rows in shared memory, and
-// the fragments that tensor cores read from them.
+// What the forward and the decode kernel share: which rows a CTA takes, which keys they see, and the way of rows into
+// shared memory.
 //
 // A task is a block of rows of one sequence and KV head. Its rows are ordered query-major: row r is query r / group,
 // query head kv_head * group + r % group. So all query heads that share a KV head share its tiles of keys, and a few
@@ -197,14 +197,7 @@ PTX_DEVICE void ready_scores(const AttentionMask& m, float (&s)[kFragments][kTil
     }
 }
 
-// ---- tiles of rows in shared memory --------------------------------------------------------------------------------
-//
-// Row-major, a row's pitch a multiple of 128 bytes (row_pitch()). The 16-byte chunk c of row r lies at chunk c ^ (r %
-// 8), so that the same chunk of eight neighbouring rows, which is what ldmatrix reads, covers all 32 banks.
-
-PTX_DEVICE uint32_t chunk_offset(int pitch, int row, int chunk) {
-  return static_cast<uint32_t>(row * pitch + ((chunk ^ row % 8) << 4));
-}
+// ---- staging -------------------------------------------------------------------------------------------------------
 
 // Eight elements as T, those from `count` on zero.
 template <class T, class From>
@@ -278,31 +271,6 @@ PTX_DEVICE void stage_rows(uint8_t* shared, uint32_t to, int pitch, const RowFor
           converted<T>(format.dtype, format.base, from.offset + (count ? column : 0), count, from.factor);
     }
   }
-}
-
-// ---- fragments -----------------------------------------------------------------------------------------------------
-//
-// A lane's address for ldmatrix splits into a part that depends on the lane, computed once, and the step of 16 columns
-// at hand: chunk 2 step + half, swizzled, is bits 5 and 6 flipped by step % 4, and 128 bytes for every four steps.
-
-// A fragments of row-major rows; transposed, B fragments of rows along the sum: rows lane % 16, halves lane / 16.
-PTX_DEVICE uint32_t lane_offset_a(int pitch) { return chunk_offset(pitch, threadIdx.x % 16, threadIdx.x % 32 / 16); }
-// B fragments of rows across the sum: registers 0, 1 are rows 0-7, registers 2, 3 rows 8-15.
-PTX_DEVICE uint32_t lane_offset_b(int pitch) {
-  return chunk_offset(pitch, threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
-}
-PTX_DEVICE uint32_t at_step(uint32_t lane_offset, int step) {
-  return (lane_offset ^ (step % 4 * 32)) + static_cast<uint32_t>(step / 4 * 128);
-}
-
-// The maximum, and the sum, of a value over the four lanes that share a row of a C fragment.
-PTX_DEVICE float row_max(float x) {
-  x = fmaxf(x, ptx::shfl_xor(x, 1));
-  return fmaxf(x, ptx::shfl_xor(x, 2));
-}
-PTX_DEVICE float row_sum(float x) {
-  x += ptx::shfl_xor(x, 1);
-  return x + ptx::shfl_xor(x, 2);
 }
 
 }  // namespace cuda

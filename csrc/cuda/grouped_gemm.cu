@@ -383,7 +383,7 @@ int64_t grouped_glu_workspace(const GroupedGluParams& g, const Device& device) {
 }
 
 Status grouped_gemm(const GroupedGemmParams& p, const Device& device) {
-  const GroupedGluParams g{p, Activation::silu, nullptr};
+  const GroupedGluParams g{p, Activation::silu, nullptr, nullptr};
   const bool transposed = p.k_stride != 1;
   switch (p.dtype) {
     case DType::bf16: return transposed ? run<bf16, true, false>(g, device) : run<bf16, false, false>(g, device);
@@ -393,9 +393,11 @@ Status grouped_gemm(const GroupedGemmParams& p, const Device& device) {
 }
 
 Status grouped_glu(const GroupedGluParams& p, const Device& device) {
-  switch (p.product.dtype) {
-    case DType::bf16: return run<bf16, false, true>(p, device);
-    case DType::f16: return run<f16, false, true>(p, device);
+  GroupedGluParams g = p;
+  g.product.workspace = p.workspace;
+  switch (g.product.dtype) {
+    case DType::bf16: return run<bf16, false, true>(g, device);
+    case DType::f16: return run<f16, false, true>(g, device);
     default: return kNoFloats;
   }
 }

@@ -4,8 +4,8 @@
 // Operands stand in shared memory with rows of the matrix as rows (a step of kStep elements of the sum across), or
 // transposed: with steps of the sum as rows. ldmatrix reads fragments from either.
 #pragma once
-#include "attention_common.cuh"
 #include "launch.cuh"
+#include "tile.cuh"
 
 namespace llmcore {
 namespace cuda {

@@ -314,7 +314,7 @@ Status run(const MoeRouteParams& p, const SortPlan& plan, const Device& device) 
 
 }  // namespace
 
-int64_t moe_route_workspace(const MoeRouteParams& p, const Device& device) {
+int64_t moe_route_forward_workspace(const MoeRouteParams& p, const Device& device) {
   const SortPlan plan = sort_plan(p.tokens, p.num_experts, device);
   const int64_t keys = held(p, device) ? 0 : int64_t{plan.ctas} * kWarps * (p.num_experts + p.num_groups);
   return sort_workspace(plan, p.num_experts) + keys * static_cast<int64_t>(sizeof(uint32_t));

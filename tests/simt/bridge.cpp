@@ -37,18 +37,31 @@ void check(cuda::Status status, const char* kernel) {
   if (status) throw std::runtime_error(std::string(kernel) + " on the emulator: " + status);
 }
 
-// malloc, so that a sanitizer sees its ends; as large as the launcher asked for, and full of what was there before:
-// NaN.
-std::unique_ptr<void, decltype(&free)> workspace_of(int64_t bytes) {
-  std::unique_ptr<void, decltype(&free)> memory(bytes ? malloc(static_cast<size_t>(bytes)) : nullptr, &free);
-  if (memory) memset(memory.get(), 0xff, static_cast<size_t>(bytes));
-  return memory;
+// The memory is malloc's, so that a sanitizer sees its ends; as large as the launcher asked for, and full of what was
+// there before: NaN.
+template <class Params>
+void run_with_workspace(Params p, int64_t (*size)(const Params&, const cuda::Device&),
+                        cuda::Status (*launch)(const Params&, const cuda::Device&), const char* kernel) {
+  const size_t bytes = static_cast<size_t>(size(p, device()));
+  std::unique_ptr<void, decltype(&free)> memory(bytes ? malloc(bytes) : nullptr, &free);
+  if (memory) memset(memory.get(), 0xff, bytes);
+  p.workspace = memory.get();
+  check(launch(p, device()), kernel);
 }
 
 }  // namespace
 
 #define ON_THE_EMULATOR(kernel, Params) \
   void kernel(const Params& p, const Parallel&) { check(cuda::kernel(p, device()), #kernel); }
+#define WITH_WORKSPACE(kernel, Params)                                              \
+  void kernel(const Params& p, const Parallel&) {                                   \
+    run_with_workspace<Params>(p, cuda::kernel##_workspace, cuda::kernel, #kernel); \
+  }
+#define WITH_WORKSPACE_BUT_FLOATS(kernel, Params, dtype)                            \
+  void kernel(const Params& p, const Parallel& par) {                               \
+    if (dtype == DType::f32) return portable::kernel(p, par);                       \
+    run_with_workspace<Params>(p, cuda::kernel##_workspace, cuda::kernel, #kernel); \
+  }
 #define WITHOUT_CUDA_KERNEL(kernel, Params) \
   void kernel(const Params& p, const Parallel& par) { portable::kernel(p, par); }
 
@@ -74,50 +87,13 @@ ON_THE_EMULATOR(rope, RopeParams)
 ON_THE_EMULATOR(sample, SampleParams)
 ON_THE_EMULATOR(apply_penalties, ApplyPenaltiesParams)
 
-void moe_sort(const MoeSortParams& p, const Parallel&) {
-  MoeSortParams with = p;
-  const auto workspace = workspace_of(cuda::moe_sort_workspace(p, device()));
-  with.workspace = workspace.get();
-  check(cuda::moe_sort(with, device()), "moe_sort");
-}
-void moe_route_forward(const MoeRouteParams& p, const Parallel&) {
-  MoeRouteParams with = p;
-  const auto workspace = workspace_of(cuda::moe_route_workspace(p, device()));
-  with.workspace = workspace.get();
-  check(cuda::moe_route_forward(with, device()), "moe_route_forward");
-}
-
-// Attention in float32 has no CUDA kernel.
-void attention_forward(const AttentionParams& p, const Parallel& par) {
-  if (p.q_dtype == DType::f32) return portable::attention_forward(p, par);
-  AttentionParams with = p;
-  const auto workspace = workspace_of(cuda::attention_forward_workspace(p, device()));
-  with.workspace = workspace.get();
-  check(cuda::attention_forward(with, device()), "attention_forward");
-}
-void attention_backward(const AttentionBackwardParams& p, const Parallel& par) {
-  if (p.dtype == DType::f32) return portable::attention_backward(p, par);
-  AttentionBackwardParams with = p;
-  const auto workspace = workspace_of(cuda::attention_backward_workspace(p, device()));
-  with.workspace = workspace.get();
-  check(cuda::attention_backward(with, device()), "attention_backward");
-}
-
-// Nor have grouped products.
-void grouped_gemm(const GroupedGemmParams& p, const Parallel& par) {
-  if (p.dtype == DType::f32) return portable::grouped_gemm(p, par);
-  GroupedGemmParams with = p;
-  const auto workspace = workspace_of(cuda::grouped_gemm_workspace(p, device()));
-  with.workspace = workspace.get();
-  check(cuda::grouped_gemm(with, device()), "grouped_gemm");
-}
-void grouped_glu(const GroupedGluParams& p, const Parallel& par) {
-  if (p.product.dtype == DType::f32) return portable::grouped_glu(p, par);
-  GroupedGluParams with = p;
-  const auto workspace = workspace_of(cuda::grouped_glu_workspace(p, device()));
-  with.product.workspace = workspace.get();
-  check(cuda::grouped_glu(with, device()), "grouped_glu");
-}
+WITH_WORKSPACE(moe_sort, MoeSortParams)
+WITH_WORKSPACE(moe_route_forward, MoeRouteParams)
+// Attention and grouped products have no CUDA kernel for float32.
+WITH_WORKSPACE_BUT_FLOATS(attention_forward, AttentionParams, p.q_dtype)
+WITH_WORKSPACE_BUT_FLOATS(attention_backward, AttentionBackwardParams, p.dtype)
+WITH_WORKSPACE_BUT_FLOATS(grouped_gemm, GroupedGemmParams, p.dtype)
+WITH_WORKSPACE_BUT_FLOATS(grouped_glu, GroupedGluParams, p.product.dtype)
 void grouped_gemm_weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
   if (p.dtype == DType::f32) return portable::grouped_gemm_weight_grad(p, par);
   check(cuda::grouped_gemm_weight_grad(p, device()), "grouped_gemm_weight_grad");

@@ -29,6 +29,7 @@ struct GroupedGluParams {
   GroupedGemmParams product;
   Activation activation;  // silu or gelu_tanh
   void* out;              // (rows, n / 2), contiguous
+  void* workspace;        // CUDA: grouped_glu_workspace() bytes, aligned to 16 (not product's); CPU: null
 };
 
 // dweight[e] = sum over the rows r of expert e of dy[r]^T x[r]; 0 for an expert without rows. With token_of, x[r] is

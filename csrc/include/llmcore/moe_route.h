@@ -29,7 +29,7 @@ struct MoeRouteParams {
   // top_k - 1, its weights NaN.
   int64_t* bad_token;  // CPU: (threads), preset to -1, per worker; CUDA: null
   float* scratch;      // CPU: (threads, 2 * num_experts + num_groups); CUDA: null
-  void* workspace;     // CUDA: moe_route_workspace() bytes, aligned to 16; CPU: null
+  void* workspace;     // CUDA: moe_route_forward_workspace() bytes, aligned to 16; CPU: null
 };
 
 struct MoeRouteBackwardParams {
@@ -50,7 +50,7 @@ LLMCORE_CUDA_KERNEL(moe_route_forward, MoeRouteParams)
 LLMCORE_CUDA_KERNEL(moe_route_backward, MoeRouteBackwardParams)
 
 namespace cuda {
-int64_t moe_route_workspace(const MoeRouteParams& p, const Device& device);
+int64_t moe_route_forward_workspace(const MoeRouteParams& p, const Device& device);
 }
 
 }  // namespace llmcore

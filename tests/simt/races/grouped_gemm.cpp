@@ -61,9 +61,9 @@ RACE_CASE(grouped_glu) {
         const Tensor x = random_normal(dtype, rows.in_memory() * k),
                      weight = random_uniform(dtype, rows.experts() * kColumns * k, -0.1, 0.1);
         Tensor out(dtype, rows.in_memory() * kColumns / 2), kept(dtype, rows.in_memory() * kColumns);
-        GroupedGluParams p{product(dtype, rows, kColumns, k, x, weight), Activation::silu, out.data()};
+        GroupedGluParams p{product(dtype, rows, kColumns, k, x, weight), Activation::silu, out.data(), nullptr};
         const Tensor memory(DType::i8, cuda::grouped_glu_workspace(p, kDevice));
-        p.product.workspace = memory.data();
+        p.workspace = memory.data();
         // the CPU kernel rounds before the activation: two roundings more
         check("result alone", BOTH(grouped_glu), p, {{"out", out, false, 4e-2}});
         p.product.y = kept.data();

@@ -45,7 +45,7 @@ RACE_CASE(moe_route_forward) {
                      &bad_token,
                      scratch.as<float>(),
                      nullptr};
-    const Tensor memory(DType::i8, cuda::moe_route_workspace(p, kDevice));
+    const Tensor memory(DType::i8, cuda::moe_route_forward_workspace(p, kDevice));
     p.workspace = memory.data();
     check(c.label, BOTH(moe_route_forward), p,
           {{"weights", weights},
