@@ -278,6 +278,16 @@ def _peer(logits: Tensor, *, temperature=1.0, top_k=None, top_p=None, min_p=None
     return ids.gather(1, (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)).squeeze(1)
 
 
+def _check_draws(sample: Sample, outputs: list[Tensor]) -> str:
+    """What is wrong with the peer's tokens, whose noise is not ours: each must be one that the filters keep."""
+    settings = {name: value for name, value in sample.kwargs.items() if name not in ("seeds", "positions")}
+    p = sampling_probabilities(*sample.args, **settings).gather(1, outputs[0][:, None])
+    return "" if (p > 0).all() else f"{int((p == 0).sum())} tokens have probability 0"
+
+
+_peer.check = _check_draws
+
+
 def _penalty_peer(logits, tokens, prompt_lens, *, repetition, presence, frequency) -> None:
     """By counting into tensors of the logits' shape; no padding."""
     rows, vocab = logits.shape
