@@ -48,7 +48,8 @@ def attention(
 
     Args:
         q: (batch, seq_q, heads, head_dim), or packed (total_q, heads, head_dim) with `cu_seqlens_q`; float32, bfloat16
-            or float16 (float64 through the reference). Strides are free; the last dimension is best contiguous.
+            or float16 (float64 through the reference). Strides are free; the last dimension is best contiguous. The
+            CUDA kernel takes head sizes up to 576 and says so beyond; `llmcore.backend("reference")` takes any.
         k: (batch, seq_k, kv_heads, head_dim) or (total_k, kv_heads, head_dim); kv_heads divides heads (GQA, MQA).
         v: as k, its head size may differ from k's.
         causal: a query sees no later key.
