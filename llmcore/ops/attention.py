@@ -9,7 +9,17 @@ from torch import Tensor
 
 from llmcore import reference
 from llmcore.ops.block_mask import BlockMask
-from llmcore.ops.registry import FLOATS, HALVES, OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
+from llmcore.ops.registry import (
+    FLOATS,
+    HALVES,
+    OpSpec,
+    Sample,
+    fall_back,
+    refuse_gradient,
+    register,
+    register_fake,
+    use_kernel,
+)
 
 
 def _options(
@@ -23,6 +33,18 @@ def _options(
     if scale is None:  # a q without a head_dim, or with an empty one, is refused where shapes are checked
         scale = max(q.shape[-1:].numel(), 1) ** -0.5
     return window or 0, scale, softcap or 0.0
+
+
+CUDA_HEAD_DIM = 576  # the largest that the CUDA kernels take (kMaxHeadDim of csrc/cuda/attention.cu)
+
+
+def _use_kernel(op: str, q: Tensor) -> bool:
+    """`use_kernel`, which looks at device and dtype alone, and on CUDA devices the head size."""
+    served = use_kernel(op, q)
+    if served and q.is_cuda and q.shape[-1] > CUDA_HEAD_DIM:
+        fall_back(f"the cuda kernel of {op} takes head sizes up to {CUDA_HEAD_DIM}, not {q.shape[-1]}")
+        return False
+    return served
 
 
 def attention(
@@ -49,7 +71,7 @@ def attention(
     Args:
         q: (batch, seq_q, heads, head_dim), or packed (total_q, heads, head_dim) with `cu_seqlens_q`; float32, bfloat16
             or float16 (float64 through the reference). Strides are free; the last dimension is best contiguous. The
-            CUDA kernel takes head sizes up to 576 and says so beyond; `llmcore.backend("reference")` takes any.
+            CUDA kernel takes head sizes up to 576; larger ones take the reference, with a warning.
         k: (batch, seq_k, kv_heads, head_dim) or (total_k, kv_heads, head_dim); kv_heads divides heads (GQA, MQA).
         v: as k, its head size may differ from k's.
         causal: a query sees no later key.
@@ -77,7 +99,7 @@ def attention(
         ValueError: window < 1 or softcap <= 0.
     """
     options = _options("attention", q, window, scale, softcap)
-    if not use_kernel("attention", q):
+    if not _use_kernel("attention", q):
         return reference.attention(
             q, k, v, causal=causal, window=window, scale=options[1], softcap=softcap, sinks=sinks,
             block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
@@ -166,7 +188,7 @@ def paged_attention(
         ValueError: window < 1 or softcap <= 0.
     """
     options = _options("paged_attention", q, window, scale, softcap)
-    if not use_kernel("paged_attention", q):
+    if not _use_kernel("paged_attention", q):
         return reference.paged_attention(
             q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window,
             scale=options[1], softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,

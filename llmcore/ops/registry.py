@@ -208,6 +208,13 @@ def use_kernel(name: str, x: Tensor) -> bool:
     return served
 
 
+def fall_back(refusal: str) -> None:
+    """Warns that a call takes the reference, and why; an error where `backend("kernel")` is asked for."""
+    if _override == "kernel":
+        raise RuntimeError(refusal)
+    warnings.warn(f"{refusal}; using the reference", BackendFallbackWarning, stacklevel=4)
+
+
 def explain(name: str, x: Tensor) -> str:
     """Which backend `llmcore.ops.<name>` takes for an argument like `x`, and why not the others."""
     if name not in registry:

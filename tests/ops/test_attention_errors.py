@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import llmcore
 from llmcore import ops
 from llmcore.ops import BlockMask
 
@@ -207,3 +211,16 @@ def test_offsets_beyond_two_gigabytes():
     rows = parent[:, :16].unflatten(1, (2, 8))[None]  # (1, 3, 2, 8), row stride 2^30
     rows.copy_(torch.randn(1, 3, 2, 8))
     assert torch.equal(ops.attention(rows, rows, rows), ops.attention(*[rows.contiguous()] * 3))
+
+
+@pytest.mark.parametrize(("is_cuda", "head_dim", "kernel"), [(True, 577, False), (True, 576, True), (False, 577, True)])
+def test_head_sizes_that_the_cuda_kernels_lack_take_the_reference(monkeypatch, recwarn, is_cuda, head_dim, kernel):
+    module = sys.modules[ops.attention.__module__]
+    monkeypatch.setattr(module, "use_kernel", lambda op, q: True)
+    q = SimpleNamespace(is_cuda=is_cuda, shape=(1, 2, 3, head_dim))  # in place of a tensor on a GPU
+    assert module._use_kernel("attention", q) == kernel
+    refusal = "the cuda kernel of attention takes head sizes up to 576, not 577"
+    assert [str(w.message) for w in recwarn] == ([] if kernel else [f"{refusal}; using the reference"])
+    if not kernel:
+        with llmcore.backend("kernel"), pytest.raises(RuntimeError, match=refusal):
+            module._use_kernel("attention", q)
