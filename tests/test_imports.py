@@ -14,7 +14,7 @@ ALLOWED = {
     "reference": set(),
     "ops": {"reference", "_C"},
     "layers": {"ops"},
-    "models": {"layers", "ops"},
+    "models": {"layers", "ops", "checkpoints"},
     "inference": {"models", "layers", "ops", "checkpoints", "tokenizers"},
     "tokenizers": set(),
     "data": {"tokenizers"},

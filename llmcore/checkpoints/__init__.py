@@ -1,5 +1,6 @@
 """Checkpoints: safetensors and JSON, written atomically, verified when read. Nothing is pickled."""
 
+from llmcore.checkpoints.sharded import TensorFiles, write_tensor_files
 from llmcore.checkpoints.store import (
     Checkpoint,
     CheckpointError,
@@ -9,6 +10,7 @@ from llmcore.checkpoints.store import (
     list_checkpoints,
     load_checkpoint,
     model_tensors,
+    read_json,
     resolve,
     save_checkpoint,
     verify_checkpoint,
@@ -17,13 +19,16 @@ from llmcore.checkpoints.store import (
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "TensorFiles",
     "check_tensors",
     "copy_tensors",
     "find_latest",
     "list_checkpoints",
     "load_checkpoint",
     "model_tensors",
+    "read_json",
     "resolve",
     "save_checkpoint",
     "verify_checkpoint",
+    "write_tensor_files",
 ]

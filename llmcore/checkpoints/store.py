@@ -187,7 +187,7 @@ def list_checkpoints(root: str | Path) -> list[Path]:
 def verify_checkpoint(path: str | Path) -> None:
     """Raise :class:`CheckpointError`, naming the file and the reason, unless every file is as it was written."""
     path = Path(path)
-    files = _read_json(path / _MANIFEST).get("files")
+    files = read_json(path / _MANIFEST).get("files")
     if not isinstance(files, dict) or not {"config.json", "model.safetensors", "state.json"} <= files.keys():
         raise CheckpointError(f"{path / _MANIFEST}: does not list the files of a checkpoint")
     for name, known in files.items():
@@ -231,7 +231,8 @@ def resolve(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: holds no whole checkpoint (looked for checkpoints/step-* and step-*)")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises :class:`CheckpointError`, naming the file, for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -257,14 +258,14 @@ def load_checkpoint(path: str | Path, *, optimizer: bool = True) -> Checkpoint:
     """
     path = Path(path)
     verify_checkpoint(path)
-    state = _read_json(path / "state.json")
+    state = read_json(path / "state.json")
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path / 'state.json'}: has no whole number 'step'")
     has_optimizer = (path / "optimizer.safetensors").is_file()
     return Checkpoint(
         path=path,
         step=state["step"],
-        config=_read_json(path / "config.json"),
+        config=read_json(path / "config.json"),
         model=_read_tensors(path / "model.safetensors"),
         optimizer=_read_tensors(path / "optimizer.safetensors") if optimizer and has_optimizer else {},
         state=state,

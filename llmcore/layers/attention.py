@@ -45,7 +45,9 @@ class Attention(nn.Module):
         num_heads, num_kv_heads: query heads, and key and value heads; the second divides the first.
         head_dim: features of one head.
         qkv_bias, out_bias: biases of the two projections.
-        qk_norm: RMS norm over head_dim, with norm_eps, on queries and keys before the rotation (arXiv 2302.05442).
+        qk_norm: RMS norm, with norm_eps, on queries and keys before the rotation (arXiv 2302.05442): of each head when
+            qk_norm_scope is "head", of all heads as one when it is "all" (OLMo 2, arXiv 2501.00656); norm_unit_offset
+            as in `RMSNorm`.
         causal: a token sees no later token.
         window: a token sees the keys less than `window` positions away: itself and `window - 1` before it.
         scale: of the logits, 1 / sqrt(head_dim) when None.
@@ -63,7 +65,9 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm: bool = False,
+        qk_norm_scope: str = "head",
         norm_eps: float = 1e-6,
+        norm_unit_offset: bool = False,
         causal: bool = True,
         window: int | None = None,
         scale: float | None = None,
@@ -79,8 +83,11 @@ class Attention(nn.Module):
         self.options = {"window": window, "scale": scale, "softcap": softcap}
         self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=out_bias)
-        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.qk_norm_scope = qk_norm_scope
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            sizes = (head_dim, head_dim) if qk_norm_scope == "head" else (num_heads * head_dim, num_kv_heads * head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(size, norm_eps, norm_unit_offset) for size in sizes)
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
 
     def forward(
@@ -109,8 +116,10 @@ class Attention(nn.Module):
             raise ValueError("positions is None; accepted with rope and packed tokens: the position of each, (total,)")
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.qk_norm_scope == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        elif self.q_norm is not None:
+            q, k = (norm(t.flatten(-2)).view(t.shape) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             q, k = rope(q, positions), rope(k, positions)
         if cache is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "swiglu_oss")
 ACTIVATIONS = (*GATED, "gelu")
 
 
@@ -17,8 +18,13 @@ def check_gated(activation: str) -> None:
 
 
 def gated(activation: str, gate_up: Tensor) -> Tensor:
-    """act(gate) * up (arXiv 2002.05202) of the halves of gate_up, (..., 2 * ffn_dim). Gives (..., ffn_dim)."""
+    """act(gate) * up of the halves of gate_up, (..., 2 * ffn_dim), with silu in "swiglu" and gelu, its tanh form, in
+    "geglu" (arXiv 2002.05202). "swiglu_oss" is that of gpt-oss (arXiv 2508.10925): gate * sigmoid(1.702 * gate) *
+    (up + 1), with gate at most 7 and up within -7 to 7. Gives (..., ffn_dim)."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "swiglu_oss":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     return ops.swiglu(gate, up) if activation == "swiglu" else ops.geglu(gate, up)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.layers.mlp import GatedMLP, check_gated
+from llmcore.layers.mlp import GatedMLP, check_gated, gated
 
 BALANCING = ("aux_loss", "bias", "none")
 
@@ -38,11 +38,13 @@ class MoE(nn.Module):
         dim, ffn_dim: features in and out, and inside one expert.
         num_experts, top_k: routed experts, and how many of them a token takes.
         shared_experts: experts that every token takes, run as one feed-forward layer of shared_experts * ffn_dim.
-        activation: "swiglu" or "geglu".
+        activation: "swiglu", "geglu" or "swiglu_oss".
         score, num_groups, topk_groups, renormalize, scale: see `llmcore.ops.moe_route`.
+        bias: biases of the router and of the routed experts.
 
     Weights: `router.weight` (num_experts, dim), used in float32; `gate_up` (num_experts, 2 * ffn_dim, dim), the
-    gate's rows first; `down` (num_experts, dim, ffn_dim). The buffer `expert_bias` (num_experts,) stays float32.
+    gate's rows first; `down` (num_experts, dim, ffn_dim); with bias `gate_up_bias` (num_experts, 2 * ffn_dim) and
+    `down_bias` (num_experts, dim). The buffer `expert_bias` (num_experts,) stays float32.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class MoE(nn.Module):
         topk_groups: int = 1,
         renormalize: bool = True,
         scale: float = 1.0,
+        bias: bool = False,
         balancing: str = "aux_loss",
         aux_weight: float = 0.01,
         bias_rate: float = 1e-3,
@@ -80,9 +83,11 @@ class MoE(nn.Module):
             "renormalize": renormalize,
             "scale": scale,
         }
-        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.router = nn.Linear(dim, num_experts, bias=bias)
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * ffn_dim, dim).normal_(std=0.02))
         self.down = nn.Parameter(torch.empty(num_experts, dim, ffn_dim).normal_(std=0.02))
+        self.gate_up_bias = nn.Parameter(torch.zeros(num_experts, 2 * ffn_dim)) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(num_experts, dim)) if bias else None
         self.shared = GatedMLP(dim, shared_experts * ffn_dim, activation) if shared_experts else None
         bias = torch.zeros(num_experts, dtype=torch.float32) if balancing == "bias" else None
         self.register_buffer("expert_bias", bias)
@@ -104,21 +109,31 @@ class MoE(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
+        router_bias = None if self.router.bias is None else self.router.bias.to(wide)
+        logits = F.linear(tokens.to(wide), self.router.weight.to(wide), router_bias)
         if logits.device.type == "cpu" and not torch.compiler.is_compiling():
             finite = torch.isfinite(logits).all(-1)
             if not finite.all():
                 raise FloatingPointError(f"the router's scores of token {int((~finite).nonzero()[0])} are not finite")
         routing = ops.moe_route(logits, self.top_k, bias=self.expert_bias, **self.routing)
-        inner = ops.grouped_glu(
-            tokens, self.gate_up, routing.offsets, token_of=routing.token_of, row_of=routing.row_of,
-            activation=self.activation,
-        )  # fmt: skip
-        hidden = ops.moe_combine(ops.grouped_gemm(inner, self.down, routing.offsets), routing.weights, routing.row_of)
+        hidden = ops.moe_combine(self._experts(tokens, routing), routing.weights, routing.row_of)
         if self.shared is not None:
             hidden = hidden + self.shared(tokens)
         load = routing.offsets.diff().long()
         return MoEOutput(hidden.view_as(x), self._aux_loss(routing.scores, load), load)
+
+    def _experts(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
+        """What each token's experts give, (rows, dim) in the order of routing.row_of."""
+        where = {"token_of": routing.token_of, "row_of": routing.row_of}
+        if self.gate_up_bias is None and self.activation != "swiglu_oss":
+            inner = ops.grouped_glu(tokens, self.gate_up, routing.offsets, activation=self.activation, **where)
+            return ops.grouped_gemm(inner, self.down, routing.offsets)
+        gate_up = ops.grouped_gemm(tokens, self.gate_up, routing.offsets, **where)
+        if self.gate_up_bias is None:
+            return ops.grouped_gemm(gated(self.activation, gate_up), self.down, routing.offsets)
+        expert_of = torch.repeat_interleave(routing.offsets.diff(), output_size=len(gate_up))
+        inner = gated(self.activation, gate_up + self.gate_up_bias[expert_of])
+        return ops.grouped_gemm(inner, self.down, routing.offsets) + self.down_bias[expert_of]
 
     def _aux_loss(self, scores: Tensor, load: Tensor) -> Tensor | None:
         if self.balancing != "aux_loss":

@@ -11,16 +11,20 @@ NORMS = ("rms", "layer", "dyt")
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467), with a learned gain of shape (dim,)."""
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467), with a learned gain of shape (dim,).
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    With `unit_offset`, `weight` holds the gain's distance from 1 (Gemma, arXiv 2403.08295).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, unit_offset: bool = False) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.unit_offset = eps, unit_offset
+        self.weight = nn.Parameter(torch.zeros(dim) if unit_offset else torch.ones(dim))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x, residual: (..., dim). Gives norm(x); with a residual, the pair (norm(x + residual), x + residual)."""
-        return ops.rms_norm(x, self.weight, self.eps, residual)
+        weight = self.weight + 1 if self.unit_offset else self.weight
+        return ops.rms_norm(x, weight, self.eps, residual)
 
 
 class LayerNorm(nn.Module):
@@ -55,11 +59,11 @@ class DyT(nn.Module):
         return ops.dyt(z, self.alpha, self.weight, self.bias), z
 
 
-def make_norm(kind: str, dim: int, eps: float = 1e-6, bias: bool = True) -> nn.Module:
-    """The norm of `kind` ("rms", "layer" or "dyt") over `dim` features. `bias` matters to "layer" only; "dyt" has
-    no eps and always a bias."""
+def make_norm(kind: str, dim: int, eps: float = 1e-6, bias: bool = True, unit_offset: bool = False) -> nn.Module:
+    """The norm of `kind` ("rms", "layer" or "dyt") over `dim` features. `bias` matters to "layer" only, `unit_offset`
+    to "rms" only; "dyt" has no eps and always a bias."""
     if kind == "rms":
-        return RMSNorm(dim, eps)
+        return RMSNorm(dim, eps, unit_offset)
     if kind == "layer":
         return LayerNorm(dim, eps, bias)
     if kind == "dyt":

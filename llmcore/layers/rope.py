@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from llmcore import ops
@@ -19,22 +20,35 @@ class RotaryEmbedding(nn.Module):
         max_positions: positions the tables hold.
         base: the longest wavelength is about 2 pi * base positions.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+        scaling: of the frequencies, for texts longer than those of the training.
     """
 
-    def __init__(self, rotary_dim: int, max_positions: int, base: float = 10000.0, interleaved: bool = False) -> None:
+    def __init__(
+        self,
+        rotary_dim: int,
+        max_positions: int,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        scaling: ops.RopeScaling | None = None,
+    ) -> None:
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:
             raise ValueError(f"rotary_dim is {rotary_dim}; accepted: an even number of at least 2")
         self.rotary_dim, self.max_positions, self.base, self.interleaved = rotary_dim, max_positions, base, interleaved
-        cos, sin = ops.rope_tables(max_positions, rotary_dim, base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.scaling = scaling
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        self.build_tables(torch.get_default_device())
+
+    def build_tables(self, device: torch.device | str) -> None:
+        """Makes the tables anew, on `device`."""
+        tables = ops.rope_tables(self.max_positions, self.rotary_dim, self.base, device, scaling=self.scaling)
+        self.cos, self.sin = tables
 
     def _apply(self, fn, recurse=True):
         """Rebuilds the tables after a move or cast, so that `.to(bfloat16)` and `to_empty()` leave them right."""
         super()._apply(fn, recurse)
-        cos, sin = ops.rope_tables(self.max_positions, self.rotary_dim, self.base)
-        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        self.build_tables(self.cos.device)
         return self
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from llmcore.ops import RopeScaling
+
 
 def _accepted(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) or (hint,)
+    return (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
@@ -21,6 +23,12 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if value in accepted:
             return value
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+    if tuple[int, ...] in accepted:
+        if value is None and type(None) in accepted:
+            return None
+        if isinstance(value, (list, tuple)) and all(type(v) is int and 0 <= v < 2**63 for v in value):
+            return tuple(value)
+        raise TypeError(f"{name} is {value!r}; accepted: a list of whole numbers")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} is {value!r}; accepted: what 64 bits hold")
     if float in accepted and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -69,6 +77,7 @@ class MoEConfig:
         score: the router's score function.
         num_groups, topk_groups: a token's experts come from the best `topk_groups` of `num_groups` groups.
         renormalize: the chosen experts' weights sum to 1 (times `scale`).
+        bias: of the router and of the routed experts' linear layers.
         balancing: how experts are kept in balance, with weight `aux_weight` or per-step change `bias_rate`.
     """
 
@@ -82,6 +91,7 @@ class MoEConfig:
     topk_groups: int = 1
     renormalize: bool = True
     scale: float = 1.0
+    bias: bool = False
     balancing: Literal["aux_loss", "bias", "none"] = "aux_loss"
     aux_weight: float = 0.01
     bias_rate: float = 1e-3
@@ -119,19 +129,24 @@ class ModelConfig:
         head_dim: features of a head; None: dim / num_heads.
         ffn_dim: inner features of the feed-forward layer; None: 4 * dim for "gelu", else the multiple of 64 at or
             above 8/3 * dim, which has about as many weights.
-        activation: "swiglu" and "geglu" are gated, "gelu" is GPT-2's.
+        activation: "swiglu", "geglu" and "swiglu_oss" are gated (see `llmcore.layers.gated`), "gelu" is GPT-2's.
         norm, norm_eps, norm_bias: kind of every norm; norm_bias matters to "layer" only; "dyt" has no eps.
+        norm_unit_offset: gains of RMS norms are stored as their distance from 1 (Gemma, arXiv 2403.08295).
         norm_placement: "pre" x + f(norm(x)) and a last norm; "post" norm(x + f(x)); "sandwich" x + norm(f(norm(x)))
-            and a last norm.
-        qkv_bias, attention_out_bias, mlp_bias: biases of the linear layers. Experts of a mixture have none.
+            and a last norm; "output" x + norm(f(x)) and a last norm (OLMo 2, arXiv 2501.00656).
+        qkv_bias, attention_out_bias, mlp_bias: biases of the linear layers; those of experts are moe.bias.
         position: "rope", "learned" (a table added to the embeddings) or "none".
         max_positions: positions the rotary or learned tables hold, and so the longest sequence.
-        rope_base, rope_fraction, rope_interleaved: see `llmcore.layers.RotaryEmbedding`; rope_fraction is the share
-            of head_dim that is rotated.
+        rope_base, rope_fraction, rope_interleaved, rope_scaling: see `llmcore.layers.RotaryEmbedding`; rope_fraction is
+            the share of head_dim that is rotated.
+        local_rope_base: base in layers with a window, which have no scaling then (Gemma 3, arXiv 2503.19786).
+        no_rope_layers: layers without rotation (arXiv 2501.18795).
         tied_embeddings: the output matrix is the embedding matrix.
         embedding_scale: factor on the token embeddings: "sqrt_dim" (Gemma, arXiv 2403.08295), or "learned", one scalar
             that starts there, which models without a norm need (arXiv 2503.10622, section 5).
-        window, attention_scale, attention_softcap, attention_sinks, qk_norm: see `llmcore.layers.Attention`.
+        window, attention_scale, attention_softcap, attention_sinks, qk_norm, qk_norm_scope: see
+            `llmcore.layers.Attention`.
+        window_layers: the layers that have the window; None: all.
         logit_softcap: logits become softcap * tanh(logits / softcap).
         dropout: on the embeddings and on what each layer adds to the residual stream, while training.
         init_std: standard deviation of the initial weights.
@@ -145,11 +160,12 @@ class ModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     ffn_dim: int | None = None
-    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "swiglu_oss", "gelu"] = "swiglu"
     norm: Literal["rms", "layer", "dyt"] = "rms"
     norm_eps: float = 1e-5
     norm_bias: bool = True
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_unit_offset: bool = False
+    norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
@@ -158,13 +174,18 @@ class ModelConfig:
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
     rope_interleaved: bool = False
+    rope_scaling: RopeScaling | None = None
+    local_rope_base: float | None = None
+    no_rope_layers: tuple[int, ...] = ()
     tied_embeddings: bool = True
     embedding_scale: Literal["none", "sqrt_dim", "learned"] = "none"
     window: int | None = None
+    window_layers: tuple[int, ...] | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None
     attention_sinks: bool = False
     qk_norm: bool = False
+    qk_norm_scope: Literal["head", "all"] = "head"
     logit_softcap: float | None = None
     dropout: float = 0.0
     init_std: float = 0.02
@@ -174,6 +195,9 @@ class ModelConfig:
         if isinstance(self.moe, Mapping):
             _check_keys(MoEConfig, self.moe, "moe.")
             object.__setattr__(self, "moe", MoEConfig(**self.moe))
+        if isinstance(self.rope_scaling, Mapping):
+            _check_keys(RopeScaling, self.rope_scaling, "rope_scaling.")
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         _check_types(self, "")
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_positions"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -182,7 +206,16 @@ class ModelConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("window", "ffn_dim", "head_dim"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+        for name in ("window_layers", "no_rope_layers"):
+            value = getattr(self, name)
+            fits = not value or (max(value) < self.num_layers and len(set(value)) == len(value))
+            _require(fits, name, value, f"each layer once, 0 to num_layers - 1 = {self.num_layers - 1}")
+        _require(self.window_layers is None or self.window is not None, "window_layers", self.window_layers,
+                 "None without a window")  # fmt: skip
+        _require(
+            not self.norm_unit_offset or self.norm == "rms", "norm_unit_offset", True, "False unless norm is 'rms'"
+        )
+        for name in ("attention_scale", "attention_softcap", "logit_softcap", "local_rope_base"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "above 0, or None")
         kv_heads = self.num_kv_heads
@@ -219,6 +252,10 @@ class ModelConfig:
         if self.ffn_dim is None:
             gated = -(-8 * self.dim // (3 * 64)) * 64
             object.__setattr__(self, "ffn_dim", 4 * self.dim if self.activation == "gelu" else gated)
+
+    def layer_window(self, layer: int) -> int | None:
+        """The window of a layer, or None."""
+        return self.window if self.window_layers is None or layer in self.window_layers else None
 
     @property
     def rotary_dim(self) -> int:

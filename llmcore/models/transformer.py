@@ -23,7 +23,15 @@ class TransformerOutput(NamedTuple):
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return make_norm(config.norm, config.dim, config.norm_eps, config.norm_bias)
+    return make_norm(config.norm, config.dim, config.norm_eps, config.norm_bias, config.norm_unit_offset)
+
+
+_NORMS_OF_PLACEMENT = {
+    "pre": ("attention_norm", "mlp_norm"),
+    "post": ("attention_norm", "mlp_norm"),
+    "sandwich": ("attention_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm"),
+    "output": ("attention_out_norm", "mlp_out_norm"),
+}
 
 
 class Block(nn.Module):
@@ -39,32 +47,29 @@ class Block(nn.Module):
         self.placement, self.layer, self.dropout = c.norm_placement, layer, c.dropout
         self.attention = Attention(
             c.dim, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.attention_out_bias,
-            qk_norm=c.qk_norm, norm_eps=c.norm_eps, window=c.window, scale=c.attention_scale,
-            softcap=c.attention_softcap, sinks=c.attention_sinks,
+            qk_norm=c.qk_norm, qk_norm_scope=c.qk_norm_scope, norm_eps=c.norm_eps, norm_unit_offset=c.norm_unit_offset,
+            window=c.layer_window(layer), scale=c.attention_scale, softcap=c.attention_softcap, sinks=c.attention_sinks,
         )  # fmt: skip
         if c.moe is not None and layer >= c.moe.first_dense_layers:
             m = c.moe
             self.mlp = MoE(
                 c.dim, m.ffn_dim, m.num_experts, m.top_k, shared_experts=m.shared_experts, activation=c.activation,
                 score=m.score, num_groups=m.num_groups, topk_groups=m.topk_groups, renormalize=m.renormalize,
-                scale=m.scale, balancing=m.balancing, aux_weight=m.aux_weight, bias_rate=m.bias_rate,
+                scale=m.scale, bias=m.bias, balancing=m.balancing, aux_weight=m.aux_weight, bias_rate=m.bias_rate,
             )  # fmt: skip
         else:
             self.mlp = make_mlp(c.activation, c.dim, c.ffn_dim, c.mlp_bias)
-        names = ["attention_norm", "mlp_norm"]
-        if c.norm_placement == "sandwich":
-            names += ["attention_out_norm", "mlp_out_norm"]
-        for name in names:
+        for name in _NORMS_OF_PLACEMENT[c.norm_placement]:
             self.add_module(name, _norm(c))
 
     def forward(
         self, branch: Tensor, residual: Tensor | None, **where
     ) -> tuple[Tensor, Tensor | None, MoEOutput | None]:
         """branch, residual: (..., dim); `where`: rope, positions, cu_seqlens and cache for the attention."""
-        branch, residual = self._enter(self.attention_norm, branch, residual)
+        branch, residual = self._enter("attention", branch, residual)
         branch = self.attention(branch, layer=self.layer, **where)
         branch, residual = self._leave("attention", branch, residual)
-        branch, residual = self._enter(self.mlp_norm, branch, residual)
+        branch, residual = self._enter("mlp", branch, residual)
         routed = None
         if isinstance(self.mlp, MoE):
             routed = self.mlp(branch)
@@ -74,15 +79,17 @@ class Block(nn.Module):
         branch, residual = self._leave("mlp", branch, residual)
         return branch, residual, routed
 
-    def _enter(self, norm: nn.Module, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _enter(self, name: str, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(input of the sublayer, residual stream)."""
-        if self.placement == "post":
-            return branch, branch
+        if self.placement in ("post", "output"):
+            stream = branch if residual is None else branch + residual
+            return stream, stream
+        norm = self.get_submodule(f"{name}_norm")
         return (norm(branch), branch) if residual is None else norm(branch, residual)
 
     def _leave(self, name: str, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """The two addends of the stream after a sublayer gave `branch`."""
-        if self.placement == "sandwich":
+        if self.placement in ("sandwich", "output"):
             branch = self.get_submodule(f"{name}_out_norm")(branch)
         branch = F.dropout(branch, self.dropout, self.training)
         if self.placement == "post":
@@ -106,8 +113,12 @@ class Transformer(nn.Module):
         self.embed_scale = nn.Parameter(scale) if config.embedding_scale == "learned" else None
         learned = config.position == "learned"
         self.embed_positions = nn.Embedding(config.max_positions, config.dim) if learned else None
-        rotary = (config.rotary_dim, config.max_positions, config.rope_base, config.rope_interleaved)
-        self.rope = RotaryEmbedding(*rotary) if config.position == "rope" else None
+        self.rope = self.local_rope = None
+        if config.position == "rope":
+            pairs, positions = config.rope_interleaved, config.max_positions
+            self.rope = RotaryEmbedding(config.rotary_dim, positions, config.rope_base, pairs, config.rope_scaling)
+            if config.local_rope_base is not None:
+                self.local_rope = RotaryEmbedding(config.rotary_dim, positions, config.local_rope_base, pairs)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         last = config.norm_placement != "post"
         self.norm = _norm(config) if last else None
@@ -171,9 +182,9 @@ class Transformer(nn.Module):
 
         branch, residual = self._embed(tokens, positions), None
         routed = []
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
             branch, residual, out = block(
-                branch, residual, rope=self.rope, positions=positions, cu_seqlens=cu_seqlens, cache=cache
+                branch, residual, rope=self._rope_of(layer), positions=positions, cu_seqlens=cu_seqlens, cache=cache
             )
             if out is not None:
                 routed.append(out)
@@ -184,6 +195,12 @@ class Transformer(nn.Module):
             torch.stack(losses).sum() if losses else None,
             torch.stack([out.expert_load for out in routed]) if routed else None,
         )
+
+    def _rope_of(self, layer: int) -> RotaryEmbedding | None:
+        if layer in self.config.no_rope_layers:
+            return None
+        local = self.local_rope is not None and self.config.layer_window(layer) is not None
+        return self.local_rope if local else self.rope
 
     def _check(
         self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, cache: CacheStep | None
@@ -209,7 +226,9 @@ class Transformer(nn.Module):
     def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         x = self.embed_tokens(tokens)
         if self.config.embedding_scale != "none":
-            x = x * (self.config.dim**0.5 if self.embed_scale is None else self.embed_scale)
+            # rounded to the model's dtype, as Gemma was trained
+            root = torch.tensor(self.config.dim**0.5, dtype=x.dtype).item()
+            x = x * (root if self.embed_scale is None else self.embed_scale)
         if self.embed_positions is not None:
             rows = self.embed_positions.weight[: tokens.shape[-1]]
             x = x + (rows if positions is None else self.embed_positions(positions))
@@ -256,9 +275,11 @@ class Transformer(nn.Module):
         each key a token sees. Here a key counts only where the causal mask and window let it be seen.
         """
         c = self.config
-        reach = min(c.window or seq_len, seq_len)
-        keys = reach - reach * (reach - 1) / (2 * seq_len)  # mean over the sequence of min(i + 1, reach)
-        return 6 * self.num_parameters(active=True) + 12 * c.num_layers * c.num_heads * c.head_dim * keys
+        keys = 0.0
+        for layer in range(c.num_layers):
+            reach = min(c.layer_window(layer) or seq_len, seq_len)
+            keys += reach - reach * (reach - 1) / (2 * seq_len)  # mean over the sequence of min(i + 1, reach)
+        return 6 * self.num_parameters(active=True) + 12 * c.num_heads * c.head_dim * keys
 
 
 def _check_range(what: str, values: Tensor, limit: int, limit_name: str) -> None:

@@ -18,12 +18,14 @@ from llmcore.ops.moe_route import Routing, moe_route
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
+from llmcore.ops.rope_scaling import RopeScaling
 from llmcore.ops.sample import apply_penalties_, sample, sampling_probabilities
 
 __all__ = [
     "BackendFallbackWarning",
     "BlockMask",
     "OpSpec",
+    "RopeScaling",
     "Routing",
     "Sample",
     "adamw_",

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from llmcore import reference
 from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
+from llmcore.ops.rope_scaling import RopeScaling
 
 
 def rope_tables(
-    max_positions: int, rotary_dim: int, base: float = 10000.0, device: torch.device | str | None = None
+    max_positions: int,
+    rotary_dim: int,
+    base: float = 10000.0,
+    device: torch.device | str | None = None,
+    *,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin) of position * base^(-2i / rotary_dim), for `rope`.
 
@@ -21,6 +27,7 @@ def rope_tables(
         rotary_dim: elements of a head that are rotated; even.
         base: of the geometric series of frequencies.
         device: where the tables go.
+        scaling: stretches the frequencies for texts longer than those of the training.
 
     Returns:
         two (max_positions, rotary_dim / 2) float32 tensors, computed in float64: a float32 angle of position 100000 is
@@ -32,9 +39,12 @@ def rope_tables(
         raise ValueError(f"max_positions is {max_positions}; it must not be negative")
     if not base > 0:
         raise ValueError(f"base is {base}; it must be positive")
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / max(rotary_dim, 1)
-    angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), base**-exponents)
-    return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
+    frequencies = base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / max(rotary_dim, 1))
+    amplitude = 1.0
+    if scaling is not None:
+        frequencies, amplitude = scaling.apply(frequencies, base)
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), frequencies)
+    return (angles.cos() * amplitude).to(device, torch.float32), (angles.sin() * amplitude).to(device, torch.float32)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False) -> Tensor:
