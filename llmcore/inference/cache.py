@@ -45,10 +45,14 @@ class PagedKVCache:
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks is {num_blocks}, block_size {block_size}; accepted: 1 or more each")
-        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        heads, k_dim, v_dim = config.cache_dims
+        shape = (config.num_layers, num_blocks, block_size, heads)
         self.block_size, self.num_blocks, self.device = block_size, num_blocks, torch.device(device)
-        self.k_caches = list(torch.zeros(shape, dtype=dtype, device=device))
-        self.v_caches = list(torch.zeros(shape, dtype=dtype, device=device))
+        self.k_caches = list(torch.zeros(*shape, k_dim, dtype=dtype, device=device))
+        if config.mla is not None:  # the latent is the value, and part of the key
+            self.v_caches = [cache[..., :v_dim] for cache in self.k_caches]
+        else:
+            self.v_caches = list(torch.zeros(*shape, v_dim, dtype=dtype, device=device))
         self.free_blocks = list(range(num_blocks))
         self.blocks: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}

@@ -119,6 +119,24 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention in place of the usual one (see `llmcore.layers.LatentAttention`)."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self, "mla.")
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"mla.{name}", value, "1 or more")
+        _require(self.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", self.qk_rope_head_dim, "an even number")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer (see `llmcore.models.Transformer`). Checked when made: a wrong type is a TypeError, a
     wrong value a ValueError; each names the key, the value and what would be accepted.
@@ -151,6 +169,8 @@ class ModelConfig:
         dropout: on the embeddings and on what each layer adds to the residual stream, while training.
         init_std: standard deviation of the initial weights.
         moe: mixture of experts in place of the feed-forward layers.
+        mla: latent attention, whose sizes stand in num_kv_heads' and head_dim's place; it rotates (position "rope")
+            and has neither window, softcap, sinks nor QK norm. qkv_bias is that of the matrices into the latents.
     """
 
     vocab_size: int
@@ -190,14 +210,13 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.moe, Mapping):
-            _check_keys(MoEConfig, self.moe, "moe.")
-            object.__setattr__(self, "moe", MoEConfig(**self.moe))
-        if isinstance(self.rope_scaling, Mapping):
-            _check_keys(RopeScaling, self.rope_scaling, "rope_scaling.")
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        for name, cls in (("moe", MoEConfig), ("mla", MLAConfig), ("rope_scaling", RopeScaling)):
+            if isinstance(value := getattr(self, name), Mapping):
+                _check_keys(cls, value, f"{name}.")
+                object.__setattr__(self, name, cls(**value))
         _check_types(self, "")
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_positions"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -226,11 +245,18 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
         if self.position == "rope":
             _require(0 < self.rope_fraction <= 1, "rope_fraction", self.rope_fraction, "above 0, to 1")
-            exact = self.rope_fraction * self.head_dim  # but for a rounding: 28 / 43 * 43 is not 28
+            exact = (
+                self.rope_fraction * self.head_dim if self.mla is None else self.rotary_dim
+            )  # but for a rounding: 28 / 43 * 43 is not 28
             _require(
                 abs(exact - self.rotary_dim) < 1e-6 and self.rotary_dim % 2 == 0 and self.rotary_dim >= 2,
                 "rope_fraction * head_dim", exact, f"an even whole number (head_dim is {self.head_dim})",
             )  # fmt: skip
+        if self.mla is not None:
+            plain = {"num_kv_heads": self.num_heads, "window": None, "attention_softcap": None, "attention_sinks": False,
+                     "qk_norm": False, "position": "rope"}  # fmt: skip
+            for name, value in plain.items():
+                _require(getattr(self, name) == value, name, getattr(self, name), f"{value!r} with mla")
         if self.moe is not None:
             _require(self.activation != "gelu", "activation", self.activation, "'swiglu' or 'geglu' with experts")
             _require(not self.mlp_bias, "mlp_bias", self.mlp_bias, "False with experts")
@@ -243,6 +269,8 @@ class ModelConfig:
         """Resolves the sizes that follow from others."""
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.mla is not None:
+            object.__setattr__(self, "head_dim", self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim)
         if self.head_dim is None:
             _require(
                 self.dim % self.num_heads == 0, "num_heads", self.num_heads,
@@ -260,7 +288,17 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """Rotated features of a head."""
+        if self.mla is not None:
+            return self.mla.qk_rope_head_dim
         return round(self.rope_fraction * self.head_dim)
+
+    @property
+    def cache_dims(self) -> tuple[int, int, int]:
+        """(heads, features of a key, features of a value) that a key-value cache holds of each token and layer. Of
+        latent attention the value is a part of the key."""
+        if self.mla is not None:
+            return 1, self.mla.kv_lora_rank + self.mla.qk_rope_head_dim, self.mla.kv_lora_rank
+        return self.num_kv_heads, self.head_dim, self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the configuration back."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcore.layers import Attention, CacheStep, MoE, MoEOutput, RotaryEmbedding, make_mlp, make_norm
+from llmcore.layers import Attention, CacheStep, LatentAttention, MoE, MoEOutput, RotaryEmbedding, make_mlp, make_norm
 from llmcore.models.config import ModelConfig
 
 
@@ -34,6 +35,17 @@ _NORMS_OF_PLACEMENT = {
 }
 
 
+def _attention(c: ModelConfig, layer: int) -> nn.Module:
+    if c.mla is not None:
+        sizes = dataclasses.asdict(c.mla)
+        return LatentAttention(c.dim, c.num_heads, **sizes, bias=c.qkv_bias, scale=c.attention_scale)
+    return Attention(
+        c.dim, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.attention_out_bias,
+        qk_norm=c.qk_norm, qk_norm_scope=c.qk_norm_scope, norm_eps=c.norm_eps, norm_unit_offset=c.norm_unit_offset,
+        window=c.layer_window(layer), scale=c.attention_scale, softcap=c.attention_softcap, sinks=c.attention_sinks,
+    )  # fmt: skip
+
+
 class Block(nn.Module):
     """One layer: attention, then a feed-forward layer or experts.
 
@@ -45,11 +57,7 @@ class Block(nn.Module):
         super().__init__()
         c = config
         self.placement, self.layer, self.dropout = c.norm_placement, layer, c.dropout
-        self.attention = Attention(
-            c.dim, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.attention_out_bias,
-            qk_norm=c.qk_norm, qk_norm_scope=c.qk_norm_scope, norm_eps=c.norm_eps, norm_unit_offset=c.norm_unit_offset,
-            window=c.layer_window(layer), scale=c.attention_scale, softcap=c.attention_softcap, sinks=c.attention_sinks,
-        )  # fmt: skip
+        self.attention = _attention(c, layer)
         if c.moe is not None and layer >= c.moe.first_dense_layers:
             m = c.moe
             self.mlp = MoE(
