@@ -245,16 +245,17 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
         if self.position == "rope":
             _require(0 < self.rope_fraction <= 1, "rope_fraction", self.rope_fraction, "above 0, to 1")
-            exact = (
-                self.rope_fraction * self.head_dim if self.mla is None else self.rotary_dim
-            )  # but for a rounding: 28 / 43 * 43 is not 28
+            exact = self.rope_fraction * (self.head_dim if self.mla is None else self.mla.qk_rope_head_dim)
+            # exact but for a rounding: 28 / 43 * 43 is not 28
             _require(
                 abs(exact - self.rotary_dim) < 1e-6 and self.rotary_dim % 2 == 0 and self.rotary_dim >= 2,
                 "rope_fraction * head_dim", exact, f"an even whole number (head_dim is {self.head_dim})",
             )  # fmt: skip
         if self.mla is not None:
-            plain = {"num_kv_heads": self.num_heads, "window": None, "attention_softcap": None, "attention_sinks": False,
-                     "qk_norm": False, "position": "rope"}  # fmt: skip
+            plain = {
+                "num_kv_heads": self.num_heads, "window": None, "attention_softcap": None, "attention_sinks": False,
+                "qk_norm": False, "position": "rope", "rope_fraction": 1.0,
+            }  # fmt: skip
             for name, value in plain.items():
                 _require(getattr(self, name) == value, name, getattr(self, name), f"{value!r} with mla")
         if self.moe is not None:

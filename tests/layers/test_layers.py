@@ -100,7 +100,7 @@ def test_mlp(activation, bias):
 
 
 def test_mlp_refuses():
-    with pytest.raises(ValueError, match="'relu'; accepted: 'swiglu', 'geglu', 'gelu'"):
+    with pytest.raises(ValueError, match="'relu'; accepted: 'swiglu', 'geglu', 'swiglu_oss', 'gelu'"):
         make_mlp("relu", 4, 8)
 
 

@@ -8,7 +8,7 @@ from llmcore.models.families.base import Family, HFConfig, Rule
 from llmcore.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from llmcore.models.families.gemma import GEMMA2, GEMMA3
 from llmcore.models.families.gpt2 import GPT2
-from llmcore.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
+from llmcore.models.families.llama import GLM, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from llmcore.models.families.moe import GLM4_MOE, GPT_OSS, MIXTRAL, QWEN3_MOE
 from llmcore.models.families.olmo2 import OLMO2
 
@@ -16,7 +16,7 @@ from llmcore.models.families.olmo2 import OLMO2
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        LLAMA, GPT2, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, GLM4_MOE, GPT_OSS,
+        LLAMA, GPT2, MISTRAL, QWEN2, QWEN3, SMOLLM3, GLM, OLMO2, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, GLM4_MOE, GPT_OSS,
         DEEPSEEK_V2, DEEPSEEK_V3,
     )
 }  # fmt: skip

@@ -59,6 +59,10 @@ def stacked(ours: str, theirs: Sequence[Sequence[str]]) -> Rule:
     return Rule(ours, tuple(name for expert in theirs for name in expert), join, split)
 
 
+_LLAMA3 = ("low_freq_factor", "high_freq_factor")
+_YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+
+
 class HFConfig:
     """A `config.json` as its family reads it. Each error names the key, its value and what is accepted."""
 
@@ -105,9 +109,7 @@ class HFConfig:
         factor = given.get("factor")
         if factor is None and kind == "yarn":
             factor = self.need("max_position_embeddings") / original
-        names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
-                 "mscale_all_dim")  # fmt: skip
-        options = {name: given[name] for name in names if given.get(name) is not None}
+        options = {name: given[name] for name in (*_LLAMA3, *_YARN) if given.get(name) is not None}
         if kind == "linear":
             original = None
         try:
@@ -125,9 +127,7 @@ def hf_rope(base: float, fraction: float = 1.0, scaling: RopeScaling | None = No
     if scaling is None:
         return result
     result["factor"] = scaling.factor
-    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "linear": ()}.get(
-        scaling.kind, ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
-    )
+    names = {"linear": (), "llama3": _LLAMA3, "yarn": _YARN}[scaling.kind]
     if scaling.kind != "linear":
         result["original_max_position_embeddings"] = scaling.original_max_positions
     return result | {name: getattr(scaling, name) for name in names if getattr(scaling, name) is not None}
@@ -159,7 +159,9 @@ class Family:
             raise ValueError(f"{self.model_type}: {error}") from None
 
     def config_json(self, config: ModelConfig) -> dict[str, Any]:
-        return {"model_type": self.model_type, "architectures": [self.architecture], **self.to_hf(config)}
+        # without the last three transformers would fill in those of its own example of the family
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        return {"model_type": self.model_type, "architectures": [self.architecture], **tokens, **self.to_hf(config)}
 
     def fits(self, config: ModelConfig) -> bool:
         """Whether a config.json of this family says all that `config` says, but for what matters to training alone."""

@@ -70,8 +70,7 @@ def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
         "full_attention": hf_rope(config.rope_base, config.rope_fraction, config.rope_scaling),
         "sliding_attention": hf_rope(config.local_rope_base or config.rope_base, config.rope_fraction),
     }
-    values = _json(config) | {"rope_parameters": rope, "rope_local_base_freq": config.local_rope_base}
-    return values
+    return _json(config) | {"rope_parameters": rope, "rope_local_base_freq": config.local_rope_base}
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Rule]:

@@ -1,6 +1,7 @@
 """Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783), and what differs from it by a setting: Mistral
 (arXiv 2310.06825) with a sliding window, SmolLM3 with layers that don't rotate, Qwen2 (arXiv 2407.10671) with biases
-on the projections of queries, keys and values, Qwen3 (arXiv 2505.09388) with norms on queries and keys."""
+on the projections of queries, keys and values, Qwen3 (arXiv 2505.09388) with norms on queries and keys, GLM-4
+(arXiv 2406.12793) which rotates neighbouring features of half a head."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from llmcore.models.families.base import (
     gated_mlp_rules,
     layer_types,
     pre_norm_rules,
+    same,
     window_layers,
 )
 
@@ -74,7 +76,6 @@ def _smollm3_json(config: ModelConfig) -> dict[str, Any]:
     rotates = [int(i not in config.no_rope_layers) for i in range(config.num_layers)]
     return _llama_json(config) | {
         "no_rope_layers": rotates, "use_sliding_window": False, "layer_types": ["full_attention"] * config.num_layers,
-        "pad_token_id": None,
     }  # fmt: skip
 
 
@@ -113,8 +114,31 @@ def _qwen3_json(config: ModelConfig) -> dict[str, Any]:
     return _qwen_json(config, attention_bias=config.qkv_bias)
 
 
+def _glm(c: HFConfig) -> ModelConfig:
+    c.check("hidden_act", "silu")
+    rope = c.rope()
+    if "partial_rotary_factor" not in (c.get("rope_parameters") or {}):
+        rope["rope_fraction"] = c.get("partial_rotary_factor", 0.5)
+    bias = c.get("attention_bias", False)
+    return ModelConfig(**decoder_config(c, qkv_bias=bias, rope_interleaved=True, **rope))
+
+
+def _glm_json(config: ModelConfig) -> dict[str, Any]:
+    values = decoder_json(config, attention_bias=config.qkv_bias, partial_rotary_factor=config.rope_fraction)
+    values["rope_parameters"]["partial_rotary_factor"] = config.rope_fraction
+    return values
+
+
+def _glm_layer(config: ModelConfig, layer: int) -> Iterator[Rule]:
+    yield from pre_norm_rules()
+    yield from attention_rules(config)
+    yield same("mlp.gate_up.weight", "mlp.gate_up_proj.weight")
+    yield same("mlp.down.weight", "mlp.down_proj.weight")
+
+
 LLAMA = Family("llama", "LlamaForCausalLM", _llama, _llama_json, rules)
 MISTRAL = Family("mistral", "MistralForCausalLM", _mistral, _mistral_json, rules)
 SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", _smollm3, _smollm3_json, rules)
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _qwen2, _qwen_json, rules)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _qwen3, _qwen3_json, rules)
+GLM = Family("glm", "GlmForCausalLM", _glm, _glm_json, lambda config: decoder_rules(config, _glm_layer))
