@@ -160,10 +160,10 @@ def _kernel_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str 
         return f"there is no {device.type} kernel of {name}; kernels: {', '.join(spec.dtypes)}"
     if dtype not in served:
         return f"the {device.type} kernel of {name} serves {', '.join(map(_short, served))}, not {_short(dtype)}"
-    return _cuda_refusal(device) if device.type == "cuda" else None
+    return cuda_refusal(device) if device.type == "cuda" else None
 
 
-def _cuda_refusal(device: torch.device) -> str | None:
+def cuda_refusal(device: torch.device) -> str | None:
     """None when this build holds CUDA kernels that run on `device`, else why not and what to do."""
     from llmcore import _C
 
@@ -206,6 +206,11 @@ def use_kernel(name: str, x: Tensor) -> bool:
             warnings.warn(f"{refusal}; using the reference", BackendFallbackWarning, stacklevel=3)
         served = _decisions[key] = refusal is None
     return served
+
+
+def has_kernel(name: str, x: Tensor) -> bool:
+    """What `use_kernel` will say of such a call, for who plans ahead: without a warning, nor an error."""
+    return _override != "reference" and _kernel_refusal(name, x.device, x.dtype) is None
 
 
 def fall_back(refusal: str) -> None:
