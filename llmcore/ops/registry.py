@@ -66,7 +66,7 @@ class OpSpec:
         features: what the op does, in a few words each, for the support matrix.
         samples: (dtype, device) -> the calls on which kernel and reference are compared: odd shapes, strided views,
             empty inputs and poison among them. Small: the whole registry is checked in a few minutes.
-        benchmarks: () -> labelled larger calls for `bench/`, or None when the op is not worth timing.
+        benchmarks: (dtype, device) -> labelled larger calls for `bench/`, or None when the op is not worth timing.
         peer: torch's own way to the same result, called as the op is, or None. One that draws at random has a function
             `check(sample, outputs)` that gives what is wrong with its outputs, or "".
         flops: sample -> floating-point operations of the forward pass; None for memory-bound ops.
