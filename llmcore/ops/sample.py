@@ -200,6 +200,8 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("top-k cuts ties", (ties,), {"top_k": 37, **draws(6)})
     yield Sample("top-p cuts ties", (ties,), {"top_p": 0.61, **draws(6)})
     yield Sample("top-k and top-p cut ties", (torch.zeros_like(ties),), {"top_k": 150, "top_p": 0.5, **draws(6)})
+    below_0 = {"temperature": 0.01, "top_p": 0.5, **draws(6)}
+    yield Sample("top-p cuts ties below 0", (torch.full_like(ties, -3),), below_0)
     yield Sample("all at their extremes", (randn(8, 130),), {"top_k": 1, "top_p": 1e-9, "min_p": 1.0, **draws(8)})
     yield Sample("tiny temperature", (randn(4, 90),), {"temperature": 1e-9, **draws(4)})
     yield Sample("huge temperature", (randn(4, 90),), {"temperature": 1e30, "top_p": 0.5, **draws(4)})
