@@ -1,9 +1,9 @@
 #include "common.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <array>
+
+#include "loaded_symbol.h"
 
 namespace llmcore {
 
@@ -217,7 +217,8 @@ namespace {
 // device-generic one gives its native handle from 2.13 on only.
 void* current_stream(int device) {
   using Function = int32_t (*)(int32_t, void**);
-  static const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto function =
+      reinterpret_cast<Function>(loaded_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
   LLMCORE_CHECK(function, "this torch has no CUDA streams; llmcore's CUDA kernels need a torch built for CUDA");
   void* stream = nullptr;
   LLMCORE_CHECK(function(device, &stream) == 0, "torch gave no current stream for CUDA device ", device);
