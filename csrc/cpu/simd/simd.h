@@ -134,9 +134,16 @@ LLMCORE_INLINE vf load(const f16* p) {
 #endif
 }
 LLMCORE_INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__)  // GCC 12 widens by halves
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#elif defined(__AVX2__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   vb b;
   __builtin_memcpy(&b, p, sizeof(b));
   return __builtin_convertvector(b, vf);
+#endif
 }
 LLMCORE_INLINE vf load(const f8* p) {
   vub b;
@@ -289,6 +296,18 @@ LLMCORE_INLINE vf sqrt(vf a) {
   vf v;
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(a[i]);
   return v;
+#endif
+}
+
+LLMCORE_INLINE bool any_above(vf a, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)set1(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  return _mm256_movemask_ps((__m256)(a > limit)) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= a[i] > limit;
+  return any;
 #endif
 }
 
@@ -467,6 +486,24 @@ LLMCORE_INLINE void transpose(vu (&rows)[kLanes]) {
   }
 }
 #endif
+
+// Pairs (a[i], b[i]) of 2 * kLanes bf16 each: the first kLanes in lo.
+LLMCORE_INLINE void pair_up(const bf16* a, const bf16* b, vu& lo, vu& hi) {
+#if defined(__AVX512BW__)
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  lo = (vu)_mm512_permutex2var_epi16(x, low, y);
+  hi = (vu)_mm512_permutex2var_epi16(x, high, y);
+#else
+  vh even[2], odd[2];
+  __builtin_memcpy(even, a, sizeof(even));
+  __builtin_memcpy(odd, b, sizeof(odd));
+  lo = __builtin_convertvector(even[0], vu) | __builtin_convertvector(odd[0], vu) << 16;
+  hi = __builtin_convertvector(even[1], vu) | __builtin_convertvector(odd[1], vu) << 16;
+#endif
+}
 
 // acc[i] + a[i].lo * b[i].lo + a[i].hi * b[i].hi, where each 32-bit lane of a and b holds two bf16.
 LLMCORE_INLINE vf dot_bf16(vf acc, vu a, vu b) {
