@@ -11,7 +11,8 @@ QKV = torch.randn(6, 8 * 16, generator=torch.Generator().manual_seed(0))  # 4 qu
 COS, SIN = ops.rope_tables(9, 16)
 CALL = {
     "qkv": QKV, "num_heads": 4, "num_kv_heads": 2, "cos": COS, "sin": SIN,
-    "positions": torch.tensor([0, 8, 3, 3, 1, 2]), "q_weight": torch.linspace(0.5, 2, 16), "k_weight": torch.linspace(-1, 1, 16),
+    "positions": torch.tensor([0, 8, 3, 3, 1, 2]),
+    "q_weight": torch.linspace(0.5, 2, 16), "k_weight": torch.linspace(-1, 1, 16),
 }  # fmt: skip
 
 

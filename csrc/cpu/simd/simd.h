@@ -292,20 +292,28 @@ LLMCORE_INLINE vf sqrt(vf a) {
 #endif
 }
 
-// A fixed tree, so that a sum does not depend on the compiler.
+// Lanes joined by a fixed tree, so that a sum does not depend on the compiler: the lower half of the vector with the
+// upper half, until one lane is left.
+template <int Lanes>
+struct Vector {
+  typedef float type __attribute__((vector_size(Lanes * 4)));
+};
+template <int Lanes, class V, class F>
+LLMCORE_INLINE float reduce(V x, const F& f) {
+  if constexpr (Lanes == 2) {
+    return f(x[0], x[1]);
+  } else {
+    typename Vector<Lanes / 2>::type low, high;
+    __builtin_memcpy(&low, &x, sizeof(low));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
+    return reduce<Lanes / 2>(f(low, high), f);
+  }
+}
 LLMCORE_INLINE float reduce_sum(vf x) {
-  float t[kLanes];
-  store(t, x);
-  for (int w = kLanes / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] += t[i + w];
-  return t[0];
+  return reduce<kLanes>(x, [](auto a, auto b) { return a + b; });
 }
 LLMCORE_INLINE float reduce_max(vf x) {
-  float t[kLanes];
-  store(t, x);
-  for (int w = kLanes / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
-  return t[0];
+  return reduce<kLanes>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Sums over a row, Count of them: f(i, n, sums) adds what elements [i, i + n) give to the vectors sums[Count]. They go
