@@ -259,6 +259,9 @@ def _adamw_row(dtype: torch.dtype) -> Row:
 
 
 def rows() -> Iterator[Row]:
+    # glibc gives memory back to the kernel above twice the largest block freed so far (which then faults in again):
+    # as in any longer run, a large one has been freed.
+    torch.empty(31 << 20, dtype=torch.uint8)
     for size, shapes in SIZES.items():
         for dtype, shape in shapes.items():
             for case in _cases(*shape, dtype):
