@@ -391,8 +391,8 @@ LLMCORE_INLINE vf exp2_nonpositive(vf x) {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// e^x, relative error below 1e-7 (measured on every 131st float) where there is a fused multiply-add: x * log2(e) - n is
-// exact then, and the rest of log2(e) comes after it. Without one the error grows with |x|, to 2.8e-6. Overflow,
+// e^x, relative error below 1e-7 (measured on every 131st float) where there is a fused multiply-add: x * log2(e) - n
+// is exact then, and the rest of log2(e) comes after it. Without one the error grows with |x|, to 2.8e-6. Overflow,
 // underflow and NaN as in exp2.
 LLMCORE_INLINE vf exp(vf x) {
   constexpr float kLog2eRest = 1.9259629911e-8f;
