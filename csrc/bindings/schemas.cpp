@@ -84,6 +84,22 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def("geglu_backward(Tensor dy, Tensor gate, Tensor up, str approximate) -> (Tensor dgate, Tensor dup)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor");
   m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> ()");
+  // cos and sin go together; without them nothing is rotated. Without a weight those heads have no norm
+  m.def(
+      "qk_norm_rope(Tensor qkv, int num_heads, int num_kv_heads, Tensor? cos, Tensor? sin, Tensor? positions, "
+      "Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved) -> (Tensor q, Tensor k, Tensor v)");
+  m.def(
+      "qk_norm_rope_backward(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? qkv, int num_heads, int num_kv_heads, "
+      "Tensor? cos, Tensor? sin, Tensor? positions, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved) "
+      "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+  m.def(
+      "qk_norm_rope_cache_write(Tensor qkv, int num_heads, int num_kv_heads, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor slot_mapping, Tensor? cos, Tensor? sin, Tensor? positions, Tensor? q_weight, Tensor? k_weight, "
+      "float eps, bool interleaved, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor q");
+  // what they refuse, for their CUDA side (llmcore/ops/qk_norm_rope_cuda.py)
+  m.def(
+      "qk_norm_rope_check(str op, Tensor qkv, int num_heads, int num_kv_heads, Tensor? cos, Tensor? sin, "
+      "Tensor? positions, Tensor? q_weight, Tensor? k_weight, float eps) -> ()");
   m.def(
       "kv_cache_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
       "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()");

@@ -15,7 +15,7 @@ from llmcore.ops.attention import CUDA_HEAD_DIM
 from llmcore.ops.registry import has_kernel
 
 # What a captured step must find a kernel for: references look at their inputs on the host.
-_STEP_OPS = ("paged_attention", "kv_cache_write")
+_STEP_OPS = ("paged_attention", "qk_norm_rope_cache_write")
 _MOE_OPS = ("moe_route", "grouped_glu", "grouped_gemm", "moe_combine")
 
 

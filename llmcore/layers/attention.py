@@ -107,22 +107,35 @@ class Attention(nn.Module):
         """
         if rope is not None and positions is None and x.ndim == 2:
             raise ValueError("positions is None; accepted with rope and packed tokens: the position of each, (total,)")
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rope(q, positions), rope(k, positions)
+        qkv, entry = self.qkv(x), self._entry(rope, positions, x)
         if cache is None:
+            if entry:
+                q, k, v = ops.qk_norm_rope(qkv, self.num_heads, self.num_kv_heads, **entry)
+            else:
+                heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+                q, k, v = qkv.unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
             out = ops.attention(
                 q, k, v, causal=self.causal, sinks=self.sinks, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
                 **self.options,
             )  # fmt: skip
         else:
             k_cache, v_cache = cache.k_caches[layer], cache.v_caches[layer]
-            ops.kv_cache_write(k, v, k_cache, v_cache, cache.slot_mapping)
+            q = ops.qk_norm_rope_cache_write(
+                qkv, self.num_heads, self.num_kv_heads, k_cache, v_cache, cache.slot_mapping, **entry
+            )
             out = ops.paged_attention(
                 q, k_cache, v_cache, cache.block_table, cache.kv_lens, cu_seqlens_q=cache.cu_seqlens_q,
                 causal=self.causal, sinks=self.sinks, **self.options,
             )  # fmt: skip
         return self.out(out.flatten(-2))
+
+    def _entry(self, rope: RotaryEmbedding | None, positions: Tensor | None, x: Tensor) -> dict:
+        """What `ops.qk_norm_rope` takes between the projection and attention."""
+        entry = {}
+        if self.q_norm is not None:
+            entry = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
+        if rope is not None:
+            if positions is None:
+                rope.check_length(x.shape[-2])
+            entry |= {"cos": rope.cos, "sin": rope.sin, "positions": positions, "interleaved": rope.interleaved}
+        return entry

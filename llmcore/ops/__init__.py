@@ -15,6 +15,7 @@ from llmcore.ops.layer_norm import layer_norm
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch, moe_sort
 from llmcore.ops.moe_route import Routing, moe_route
+from llmcore.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
@@ -45,6 +46,8 @@ __all__ = [
     "moe_route",
     "moe_sort",
     "paged_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_cache_write",
     "registry",
     "rms_norm",
     "rope",

@@ -11,6 +11,7 @@ from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_dispatch, moe_route, moe_sort
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.optim import adamw_, global_norm
+from llmcore.reference.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
 from llmcore.reference.rope import rope, rope_
 from llmcore.reference.sampling import apply_penalties_, sample, sampling_probabilities
 
@@ -32,6 +33,8 @@ __all__ = [
     "moe_route",
     "moe_sort",
     "paged_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_cache_write",
     "quantise",
     "rms_norm",
     "rope",

@@ -12,7 +12,7 @@ import llmcore
 from llmcore import ops
 from llmcore.ops import linear_cross_entropy_cuda
 from llmcore.ops.registry import FLOATS
-from tests.simt.emulation import linear_cross_entropy_as_on_cuda
+from tests.simt.emulation import composed_as_on_cuda
 
 from .checks import check_sample
 from .test_registry import ISAS
@@ -131,7 +131,7 @@ def test_the_cuda_side_on_the_cpu_s_kernel(dtype, isa, monkeypatch):
     """Its chunks and products, with the CPU twin of its kernel (tests/simt runs the CUDA kernel itself)."""
     monkeypatch.setattr(linear_cross_entropy_cuda, "CHUNK_BYTES", 0)
     monkeypatch.setattr(linear_cross_entropy_cuda, "MIN_CHUNK", 13)
-    with linear_cross_entropy_as_on_cuda(), llmcore.backend("kernel"):
+    with composed_as_on_cuda(), llmcore.backend("kernel"):
         for sample in ops.registry["linear_cross_entropy"].samples(dtype, "cpu"):
             check_sample(ops.registry["linear_cross_entropy"], sample)
         hidden, weight, targets = example()

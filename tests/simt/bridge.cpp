@@ -19,6 +19,7 @@
 #include "llmcore/moe_permute.h"
 #include "llmcore/moe_route.h"
 #include "llmcore/norm.h"
+#include "llmcore/qk_norm_rope.h"
 #include "llmcore/rope.h"
 #include "llmcore/sample.h"
 
@@ -78,6 +79,8 @@ ON_THE_EMULATOR(kv_cache_write, KvCacheWriteParams)
 ON_THE_EMULATOR(layer_norm_forward, NormParams)
 ON_THE_EMULATOR(layer_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
+WITHOUT_CUDA_KERNEL(qk_norm_rope, QkNormRopeParams)
+WITHOUT_CUDA_KERNEL(qk_norm_rope_backward, QkNormRopeBackwardParams)
 ON_THE_EMULATOR(moe_scatter, MoeScatterParams)
 ON_THE_EMULATOR(moe_gather, MoeGatherParams)
 ON_THE_EMULATOR(moe_route_backward, MoeRouteBackwardParams)
