@@ -1,12 +1,14 @@
 // Products of a few rows with a matrix that is read once, as it lies: neither operand is packed.
 //
 //   dot_product_rows()  the matrix lies along k (a Linear weight): dot products along its rows
+//   add_rows()          the matrix lies along n (the same weight, for the gradient of x): its rows, scaled, are added
+//   up
 //
-// Such a product is bound by the memory that holds the matrix. A register tile takes `R` rows of x and `W` of the
-// matrix, so that R * W products follow R + W loads; 8 rows of the matrix are under way at a time, and while they are
-// multiplied the next 8 are prefetched.
+// Such a product is bound by the memory that holds the matrix. 8 rows of the matrix are under way at a time, and while
+// they are multiplied the next 8 are prefetched. For dot products a register tile takes R rows of x and W of the
+// matrix, so that R * W products follow R + W loads; sums of rows stay in L1.
 #pragma once
-#include "gemm.h"
+#include "gemm_workers.h"
 #include "scratch.h"
 #include "simd/simd.h"
 
@@ -16,13 +18,15 @@ namespace LLMCORE_ISA {
 
 constexpr int64_t kFewRows = 32;    // of x, at most
 constexpr int kGroup = 8;           // rows of the matrix under way at a time
-constexpr int kFewTile = 4;         // rows of x in a register tile
+constexpr int kFewTile = 3;         // rows of x in a register tile
 constexpr int64_t kXBytes = 32768;  // of x in a block of k: it stays in L1 (48 KiB) beside rows of the matrix and sums
 
+// Rows of the matrix in a register tile: 24 sums with AVX-512, else 12. As streams from memory, 8 at once are read
+// faster than 4, and 4 than one.
 #if defined(__AVX512F__)
-constexpr bool kManyRegisters = true;  // 32
+constexpr int kFewWidth = kGroup;
 #else
-constexpr bool kManyRegisters = false;  // 16
+constexpr int kFewWidth = 4;
 #endif
 
 // The operands: x as X, the matrix as T. bf16 stays bf16 where the machine multiplies it, all else is float.
@@ -72,7 +76,6 @@ class PackedRows {
   template <class RowFn>
   PackedRows(int64_t rows, int64_t k, const RowFn& row)
       : rows_(rows), k_(round_up(k, Op::kStep)), block_(k_), data_(rows * k_) {
-    // one group is read once for kGroup rows of the matrix: it need not be in L1
     if (rows > kFewTile) block_ = kXBytes / (rows * static_cast<int64_t>(sizeof(X))) / Op::kStep * Op::kStep;
     for (int64_t begin = 0; begin < k; begin += block_)
       for (int64_t r = 0; r < rows; ++r) {
@@ -120,19 +123,22 @@ LLMCORE_INLINE void few_step(vf (&acc)[R][W], const typename Op::X* x, const Vec
     for (int r = 0; r < R; ++r) acc[r][v] = Op::multiply_add(acc[r][v], xv[r], w[v]);
 }
 
-// Elements [begin, end) of k of one register tile: its sums (R x W of the R x kGroup vectors) are carried from block to
-// block; `first` starts them.
-template <class T, int R, int W>
+// Elements [begin, end) of k of one register tile: its sums (R x kFewWidth of the R x kGroup vectors) are carried from
+// block to block; `first` starts them. Each vector along k prefetches Lines cache lines from `ahead` on.
+template <class T, int R, int Lines>
 LLMCORE_NOINLINE void few_tile(const typename FewOperands<T>::X* x, const T* const* w, int64_t begin, int64_t end,
-                               vf* sums, bool first) {
+                               const char* ahead, vf* sums, bool first) {
   using Op = FewOperands<T>;
+  constexpr int W = kFewWidth;
   vf acc[R][W];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < W; ++v) acc[r][v] = first ? zero() : sums[r * kGroup + v];
   decltype(Op::load_w(w[0])) wv[W];
-  for (; begin + Op::kStep <= end; begin += Op::kStep, x += R * Op::kStep) {
+  for (; begin + Op::kStep <= end; begin += Op::kStep, x += R * Op::kStep, ahead += Lines * 64) {
+#pragma GCC unroll 4
+    for (int l = 0; l < Lines; ++l) __builtin_prefetch(ahead + l * 64, 0, 2);
 #pragma GCC unroll 8
     for (int v = 0; v < W; ++v) wv[v] = Op::load_w(w[v] + begin);
     few_step<Op>(acc, x, wv);
@@ -169,19 +175,17 @@ LLMCORE_NOINLINE void store_sums(int64_t rows, int64_t n, const vf* sums, const 
       __builtin_memcpy(y + r * y_stride, out + r * kGroup, n * sizeof(T));
 }
 
-// The tiles of a block of k for all rows of x and kGroup rows of w, W of them at a time: those stay in L1 while x
-// passes. With each tile comes its share of `next`, what is to be in L2 by the time that the tiles are done.
-template <class T, int W>
-void few_tiles(const PackedRows<T>& x, const T* const* w, int64_t begin, int64_t end, Prefetch next, vf* sums) {
-  const int64_t tiles = kGroup / W * ((x.rows() + kFewTile - 1) / kFewTile), lines = (next.lines() + tiles - 1) / tiles;
-  for (int v = 0; v < kGroup; v += W)
+// The tiles of a block of k for all rows of x and kGroup rows of w, kFewWidth of them at a time: those stay in L1 while
+// x passes. `ahead` moves on by what was prefetched.
+template <class T, int Lines>
+void few_tiles(const PackedRows<T>& x, const T* const* w, int64_t begin, int64_t end, const char*& ahead, vf* sums) {
+  for (int v = 0; v < kGroup; v += kFewWidth)
     for (int64_t r = 0; r < x.rows(); r += kFewTile) {
-      const auto tile = x.rows() - r == 1   ? few_tile<T, 1, W>
-                        : x.rows() - r == 2 ? few_tile<T, 2, W>
-                        : x.rows() - r == 3 ? few_tile<T, 3, W>
-                                            : few_tile<T, 4, W>;
-      next.next(lines);
-      tile(x.group(begin, r), w + v, begin, end, sums + r * kGroup + v, begin == 0);
+      const auto tile = x.rows() - r == 1   ? few_tile<T, 1, Lines>
+                        : x.rows() - r == 2 ? few_tile<T, 2, Lines>
+                                            : few_tile<T, 3, Lines>;
+      tile(x.group(begin, r), w + v, begin, end, ahead, sums + r * kGroup + v, begin == 0);
+      ahead += (end - begin) / FewOperands<T>::kStep * Lines * 64;
     }
 }
 
@@ -191,22 +195,90 @@ void few_tiles(const PackedRows<T>& x, const T* const* w, int64_t begin, int64_t
 template <class T>
 void dot_product_rows(int64_t n, int64_t k, const PackedRows<T>& x, const T* w, int64_t w_stride, const T* bias, T* y,
                       int64_t y_stride) {
-  // Columns of a tile: as many sums as there are registers for, and enough of them to hide an addition's latency.
-  constexpr int kWide = kManyRegisters ? 2 : 1;  // rows of x that leave room for tiles of kGroup columns
-  const auto tiles = x.rows() <= kWide ? few_tiles<T, kGroup> : few_tiles < T, kManyRegisters ? 4 : 2 > ;
+  // The next group of w is prefetched evenly and in the order of its addresses: kFewWidth lines for each vector along
+  // k, in parts by the tiles that read it. With one tile there is no pause in the reading, and nothing to gain.
+  const int64_t passes = (x.rows() + kFewTile - 1) / kFewTile;
+  const auto tiles = passes == 1   ? few_tiles<T, 0>
+                     : passes == 2 ? few_tiles<T, kFewWidth / 2>
+                     : passes <= 8 ? few_tiles<T, kFewWidth / 4>
+                                   : few_tiles<T, 1>;
   vf sums[kFewRows * kGroup] = {};
   for (int64_t j = 0; j < n; j += kGroup) {
     const T* w_rows[kGroup];
     for (int64_t v = 0; v < kGroup; ++v) w_rows[v] = w + (j + v < n ? j + v : n - 1) * w_stride;
-    // One group of x leaves the memory no time to spare, and 8 streams are what hardware prefetchers follow.
-    const int64_t ahead = x.rows() > kFewTile && j + 2 * kGroup <= n ? kGroup : 0;
-    for (int64_t begin = 0; begin < k; begin += x.block()) {
-      const int64_t end = begin + x.block() < k ? begin + x.block() : k;
-      const Matrix<T> next{w + (j + ahead) * w_stride + begin, w_stride, 1};
-      tiles(x, w_rows, begin, end, Prefetch(next, ahead, end - begin), sums);
-    }
+    const T* next = w + (j + kGroup < n ? j + kGroup : j) * w_stride;
+    const char* ahead = static_cast<const char*>(static_cast<const void*>(next));
+    for (int64_t begin = 0; begin < k; begin += x.block())
+      tiles(x, w_rows, begin, begin + x.block() < k ? begin + x.block() : k, ahead, sums);
     store_sums(x.rows(), n - j < kGroup ? n - j : kGroup, sums, bias ? bias + j : nullptr, y + j, y_stride);
   }
+}
+
+// ---- sums of rows --------------------------------------------------------------------------------------------------
+
+// Steps of k (pairs, where bf16 is multiplied as such) that are added to the sums at once: fewer loads of sums.
+constexpr int kAddSteps = 4;
+// Columns of the matrix whose sums, for `rows` rows of x, stay in L1.
+LLMCORE_INLINE int64_t add_columns(int64_t rows) { return 6144 / rows / kLanes * kLanes; }
+
+// Step `s` of k: kLanes columns (the first n; the others are 0) of its one or two rows of w; those from k on are 0.
+template <class T>
+LLMCORE_INLINE vf columns_of_step(ProductF32, const T* w, int64_t w_stride, int64_t k, int64_t s, int64_t n) {
+  return s < k ? load_n(w + s * w_stride, n) : zero();
+}
+LLMCORE_INLINE vu columns_of_step(ProductBf16, const bf16* w, int64_t w_stride, int64_t k, int64_t s, int64_t n) {
+  const vu even = 2 * s < k ? bit_cast<vu>(load_n(w + 2 * s * w_stride, n)) : vu{};  // a bf16 in the upper half
+  const vu odd = 2 * s + 1 < k ? bit_cast<vu>(load_n(w + (2 * s + 1) * w_stride, n)) : vu{};
+  return even >> 16 | odd;
+}
+
+// sums (rows, n) += x[:, s ..] w[s .. , :] for kAddSteps steps from s. x: (rows, x_stride) packed steps.
+template <class Product, class T>
+LLMCORE_NOINLINE void add_steps(int64_t rows, int64_t n, int64_t k, int64_t s, const typename Product::Elem* x,
+                                int64_t x_stride, const T* w, int64_t w_stride, float* sums, int64_t sums_stride,
+                                Prefetch next) {
+  const int64_t lines = (next.lines() * kLanes + n - 1) / n;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int64_t lanes = n - j < kLanes ? n - j : kLanes;
+    next.next(lines);
+    decltype(Product::load_b(x)) wv[kAddSteps];
+    for (int t = 0; t < kAddSteps; ++t)
+      wv[t] = lanes == kLanes ? columns_of_step(Product{}, w + j, w_stride, k, s + t, FullVector{})
+                              : columns_of_step(Product{}, w + j, w_stride, k, s + t, lanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = sums + r * sums_stride + j;
+      vf sum = zero();  // added at the end: short chains of additions lose less
+      for (int t = 0; t < kAddSteps; ++t) sum = Product::multiply_add(sum, x[r * x_stride + s + t], wv[t]);
+      store(to, load(to) + sum);
+    }
+  }
+}
+
+// y[r * y_stride + j] = sum_i x[r * x_stride + i] w[i * w_stride + j], for rows <= kFewRows and n <= add_columns(rows).
+template <class T>
+void add_rows(int64_t rows, int64_t n, int64_t k, const T* x, int64_t x_stride, const T* w, int64_t w_stride, T* y,
+              int64_t y_stride) {
+  using Product = typename GemmProduct<T, T>::type;
+  using Elem = typename Product::Elem;
+  const int64_t steps = round_up(steps_of<Product>(k), kAddSteps), width = round_up(n, kLanes);
+  Scratch<Elem> packed(rows * steps);
+  Scratch<float> sums(rows * width);
+  __builtin_memset(sums.data(), 0, rows * width * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    Elem* to = packed.data() + r * steps;
+    __builtin_memset(to + k / Product::kStep, 0, (steps - k / Product::kStep) * sizeof(Elem));
+    if constexpr (Product::kStep == 2)
+      __builtin_memcpy(to, x + r * x_stride, k * sizeof(T));
+    else
+      for (int64_t i = 0; i < k; ++i) to[i] = to_float(x[r * x_stride + i]);
+  }
+  constexpr int64_t kRows = kAddSteps * Product::kStep;  // of w at a time
+  for (int64_t i = 0; i < k; i += kRows) {
+    const int64_t after = k - i - kRows < kRows ? k - i - kRows : kRows;
+    Prefetch next(Matrix<T>{w + (i + kRows) * w_stride, w_stride, 1}, after > 0 ? after : 0, n);
+    add_steps<Product>(rows, n, k, i / Product::kStep, packed.data(), steps, w, w_stride, sums.data(), width, next);
+  }
+  for (int64_t r = 0; r < rows; ++r) store_row(y + r * y_stride, sums.data() + r * width, n);
 }
 
 }  // namespace LLMCORE_ISA
