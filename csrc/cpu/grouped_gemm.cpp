@@ -158,6 +158,7 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
   const int64_t n_blocks = blocks(p.n, kRowBlock);
   const int64_t columns = column_block(p.num_experts * n_blocks, p.k, par.threads), k_blocks = blocks(p.k, columns);
   GemmWorkers workers(par.threads, kRowBlock * columns);
+  prefer_huge_pages(p.dweight, p.num_experts * p.n * p.k * sizeof(T));  // a new tensor in every step
   parallel_tasks(par, p.num_experts * n_blocks * k_blocks, [&](int64_t task, int64_t worker) {
     const int64_t e = task / (n_blocks * k_blocks), begin = p.offsets[e];
     const int64_t j = task / k_blocks % n_blocks * kRowBlock, i = task % k_blocks * columns;
@@ -165,7 +166,9 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
     const T* dy = static_cast<const T*>(p.dy) + begin * p.dy_stride + j;
     const T* x = all_x.data() + begin * all_x.stride() + i;
     T* out = static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i;
-    if (rows <= kOuterRows)
+    if (rows == 0)  // most of the gradient when there are few tokens; memset need not read what it overwrites
+      for (int64_t row = 0; row < n; ++row) __builtin_memset(out + row * p.k, 0, k * sizeof(T));
+    else if (rows <= kOuterRows)
       outer_products(rows, n, k, dy, p.dy_stride, x, all_x.stride(), out, p.k, workers.tile(worker));
     else
       gemm_to(n, k, rows, Matrix<T>{dy, 1, p.dy_stride}, Matrix<T>{x, all_x.stride(), 1}, out, p.k,
