@@ -1,8 +1,7 @@
 // Products of a few rows with a matrix that is read once, as it lies: neither operand is packed.
 //
 //   dot_product_rows()  the matrix lies along k (a Linear weight): dot products along its rows
-//   add_rows()          the matrix lies along n (the same weight, for the gradient of x): its rows, scaled, are added
-//   up
+//   add_rows()          the matrix lies along n (the same weight, for the gradient of x): sums of its rows, scaled
 //
 // Such a product is bound by the memory that holds the matrix. 8 rows of the matrix are under way at a time, and while
 // they are multiplied the next 8 are prefetched. For dot products a register tile takes R rows of x and W of the
