@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "grouped_glu_backward(Tensor dout, Tensor kept, Tensor x, Tensor gate_up, Tensor offsets, Tensor? token_of, "
       "Tensor? row_of, str activation, bool need_dx, bool need_dgate_up) -> (Tensor dx, Tensor dgate_up)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
       "float z_loss, float label_smoothing) -> (Tensor loss, Tensor lse)");

@@ -1,6 +1,7 @@
 """The modules that models are made of, each a thin layer over `llmcore.ops`."""
 
 from llmcore.layers.attention import Attention, CacheStep
+from llmcore.layers.linear import Linear
 from llmcore.layers.linformer import LinformerAttention
 from llmcore.layers.mlp import MLP, GatedMLP, make_mlp
 from llmcore.layers.moe import MoE, MoEOutput
@@ -14,6 +15,7 @@ __all__ = [
     "DyT",
     "GatedMLP",
     "LayerNorm",
+    "Linear",
     "LinformerAttention",
     "MoE",
     "MoEOutput",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcore import ops
+from llmcore.layers.linear import Linear
 from llmcore.layers.norm import RMSNorm
 from llmcore.layers.rope import RotaryEmbedding
 
@@ -77,8 +78,8 @@ class Attention(nn.Module):
             raise ValueError(f"num_kv_heads is {num_kv_heads}; accepted: a divisor of num_heads = {num_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.causal = num_heads, num_kv_heads, head_dim, causal
         self.options = {"window": window, "scale": scale, "softcap": softcap}
-        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=out_bias)
+        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
+        self.out = Linear(num_heads * head_dim, dim, bias=out_bias)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmcore import ops
 from llmcore.layers import Attention, CacheStep, MoE, MoEOutput, RotaryEmbedding, make_mlp, make_norm
 from llmcore.models.config import ModelConfig
 
@@ -217,7 +218,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., dim) -> logits (..., vocab_size), in hidden's dtype."""
-        logits = F.linear(hidden, self.lm_head_weight)
+        logits = ops.linear(hidden, self.lm_head_weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -12,6 +12,7 @@ from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.grouped_glu import grouped_glu
 from llmcore.ops.kv_cache_write import kv_cache_write
 from llmcore.ops.layer_norm import layer_norm
+from llmcore.ops.linear import linear
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch, moe_sort
 from llmcore.ops.moe_route import Routing, moe_route
@@ -40,6 +41,7 @@ __all__ = [
     "grouped_glu",
     "kv_cache_write",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",

@@ -7,6 +7,7 @@ written to be read; speed is not their business.
 from llmcore.reference.attention import attention, paged_attention
 from llmcore.reference.glu import geglu, swiglu
 from llmcore.reference.kv_cache import LARGEST_ELEMENT, kv_cache_write, quantise
+from llmcore.reference.linear import linear
 from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_dispatch, moe_route, moe_sort
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_glu",
     "kv_cache_write",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",
