@@ -41,7 +41,8 @@ def peak_bytes(where: str, *arguments) -> int:
     """`measure` of what `where` ("module:function") makes of `arguments` (plain JSON), in a fresh process."""
     import torch
 
-    command = [sys.executable, str(Path(__file__).resolve()), where, json.dumps(arguments), str(torch.get_num_threads())]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, str(Path(__file__).resolve()), where, json.dumps(arguments), threads]
     return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()[-1])
 
 
