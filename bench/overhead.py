@@ -14,7 +14,6 @@ import argparse
 import collections
 import json
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,6 @@ from bench.model import our_step, text
 from llmcore import ops
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.sampling import draw
-from llmcore.models import Transformer
 
 MOVES = ("clone", "copy_", "_to_copy", "cat", "stack", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "full")
 TINY = {"dim": 32, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "vocab_size": 64}

@@ -25,7 +25,9 @@ AIM = {"transformers": 1.5, "compiled": 1.4}
 
 def our_model(dtype: torch.dtype, **overrides) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(llama("mini", **{**SIZE, "max_positions": 1024, "tied_embeddings": False, **overrides})).to(dtype)
+    return Transformer(llama("mini", **{**SIZE, "max_positions": 1024, "tied_embeddings": False, **overrides})).to(
+        dtype
+    )
 
 
 def tokens_of_a_step(vocab: int) -> torch.Tensor:
