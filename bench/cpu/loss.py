@@ -76,7 +76,7 @@ def rows() -> Iterator[Row]:
     for dtype in (torch.bfloat16, torch.float32):
         for dim, vocab in SHAPES:
             inputs = _inputs(TOKENS, dim, vocab, dtype)
-            for backward in (False, True):
+            for backward in (False, True) if vocab == 32_768 and dim == 512 else (True,):
                 calls = {name: _call(loss, inputs, backward) for name, loss in LOSSES.items()}
                 yield Row(
                     kernel="linear_cross_entropy",

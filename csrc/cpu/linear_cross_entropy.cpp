@@ -1,17 +1,18 @@
-// Tokens are taken in chunks. Of a chunk's logits, what the gradients need is kept in tiles, one per block of the
-// vocabulary, in the type that the products take (bf16 where these are formed of bf16):
+// Tokens are taken in chunks, the vocabulary in blocks. Of a chunk's logits, what the gradients need is kept, in the
+// type that the products take (bf16 where these are formed of bf16):
 //
-//   1. scores       logits = hidden weight^T of a block; each row's maximum and sum of exponentials; the tile keeps the
+//   1. scores       logits = hidden weight^T of a block; each row's maximum and sum of exponentials; kept are the
 //                   exponentials, or the gradients where lse is known already
 //   2. losses       the blocks' sums make the logsumexp of each row, and each row's factor for each block's
 //   exponentials
-//   3. dweight      exponentials become gradients in place; dweight[block] += tile^T hidden: one task owns a block of
-//                   dweight, and chunks come in order, so the sum has one order
-//   4. dhidden      sum over tiles of tile weight[block] (parallel over rows and columns)
+//   3. dweight      exponentials become gradients in place; dweight[block] += gradients^T hidden: one task owns a block
+//                   of dweight, and chunks come in order, so the sum has one order
+//   4. dhidden      gradients weight (parallel over rows and columns)
 //
 // Without gradients a block of logits lives only as long as its task. With them, one pass serves loss and gradients,
-// which saves the second computation of the logits (as in Liger Kernel, arXiv 2410.10989), at the price of one chunk's
-// tiles. exp is computed once: exponentials are relative to the maximum of their row in the block, hence at most 1.
+// which saves the second computation of the logits (as in Liger Kernel, arXiv 2410.10989), at the price of what is kept
+// of one chunk. exp is computed once: exponentials are relative to the maximum of their row in the block, hence at most
+// 1.
 #include "llmcore/linear_cross_entropy.h"
 
 #include "cross_entropy_row.h"
@@ -32,9 +33,9 @@ constexpr int64_t kScoreTile = kTokenBlock * kScoreStride, kSumTile = kMaxWords 
 constexpr int64_t kWorkerTile = kScoreTile > kSumTile ? kScoreTile : kSumTile;
 static_assert(kWorkerTile >= kBlockM * kSumStride);
 
-// Tokens of a chunk. With gradients, a chunk costs one reading and writing of dweight's sum, and its tiles are held:
-// 512 tokens are within 2 % of the fastest for all vocabularies. Below kLargeVocab that sum is small, and half as many
-// tokens cost 4 % of the time, but save a fifth of the memory.
+// Tokens of a chunk. With gradients, a chunk costs one reading and writing of dweight's sum: with 512 tokens 5 % of the
+// time of the products. Below kLargeVocab that sum is small; half as many tokens cost 4 % there, but save a fifth of
+// the memory.
 constexpr int64_t kForwardChunk = 2 * kTokenBlock, kChunk = 512, kSmallChunk = 256, kLargeVocab = 16384;
 
 LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -50,8 +51,8 @@ int64_t chunk_for(const LinearCrossEntropyParams& p) {
 template <class T>
 class Sweep {
   using G = typename GemmProduct<T, T>::type::Value;
-  static constexpr int64_t kPerTile = sizeof(float) / sizeof(G);  // blocks side by side: longer rows for step 4
-  static constexpr bool kDirect = sizeof(T) == sizeof(float);     // dweight is its own float sum
+  static constexpr int64_t kLine = 64 / sizeof(G);             // strides are odd multiples of it: columns are read, too
+  static constexpr bool kDirect = sizeof(T) == sizeof(float);  // dweight is its own float sum
 
  public:
   Sweep(const LinearCrossEntropyParams& p, const Parallel& par)
@@ -61,10 +62,10 @@ class Sweep {
         // Small vocabularies are cut finer, so that there is work for every thread.
         words_(p.vocab >= 2 * par.threads * kMaxWords ? kMaxWords : kMinWords),
         num_blocks_(blocks(p.vocab, words_)),
-        tile_stride_(kPerTile * (words_ + kPad)),
+        kept_stride_(round_up(p.vocab, kLine) | kLine),
         chunk_(chunk_for(p)),
         workers_(par.threads, kWorkerTile),
-        tiles_(gradients_ ? blocks(num_blocks_, kPerTile) * chunk_ * tile_stride_ : 0),
+        kept_(gradients_ ? chunk_ * kept_stride_ : 0),
         stats_(chunk_ * 3 * num_blocks_),
         targets_(chunk_),
         gathered_(adjacent() ? 0 : chunk_ * p.dim),
@@ -86,10 +87,7 @@ class Sweep {
   bool adjacent() const { return p_.count == 0 || p_.tokens[p_.count - 1] - p_.tokens[0] == p_.count - 1; }
   float dloss(int64_t token) const { return p_.dloss ? p_.dloss[token] : p_.dloss_of_all; }
   int64_t words_of(int64_t block) const { return at_most(p_.vocab - block * words_, words_); }
-  // Row i of a block in its tile.
-  G* kept(int64_t block, int64_t i) const {
-    return tiles_.data() + (block / kPerTile * chunk_ + i) * tile_stride_ + block % kPerTile * words_;
-  }
+  G* kept(int64_t block, int64_t i) const { return kept_.data() + i * kept_stride_ + block * words_; }
   // Of row i: maxima (after step 2 the factors of the exponentials), sums of exponentials, sums, of each block.
   float* stats(int64_t i) const { return stats_.data() + i * 3 * num_blocks_; }
 
@@ -191,16 +189,16 @@ class Sweep {
       const int64_t words = words_of(block);
       if (p_.loss) scale(block, words);
       if (!p_.dweight) return;
-      const Matrix<G> tile{kept(block, 0), 1, tile_stride_};
+      const Matrix<G> gradient{kept(block, 0), 1, kept_stride_};
       for (int64_t column = 0; column < p_.dim; column += kDimBlock) {
         const int64_t columns = at_most(p_.dim - column, kDimBlock), at = block * words_ * p_.dim + column;
         const Matrix<T> hidden{hidden_.data + column, hidden_.row_stride, 1};
         if constexpr (kDirect) {
-          gemm(words, columns, size_, tile, hidden, static_cast<T*>(p_.dweight) + at, p_.dim, !first,
+          gemm(words, columns, size_, gradient, hidden, static_cast<T*>(p_.dweight) + at, p_.dim, !first,
                workers_.packing(worker));
         } else {
           float* sum = workers_.tile(worker);
-          gemm(words, columns, size_, tile, hidden, sum, kSumStride, false, workers_.packing(worker));
+          gemm(words, columns, size_, gradient, hidden, sum, kSumStride, false, workers_.packing(worker));
           for (int64_t i = 0; i < words; ++i) dweight_.add(at + i * p_.dim, sum + i * kSumStride, columns, first, last);
         }
       }
@@ -217,12 +215,8 @@ class Sweep {
       const int64_t column = task % dim_blocks * kDimBlock, columns = at_most(p_.dim - column, kDimBlock);
       const T* weight = static_cast<const T*>(p_.weight) + column;
       float* sum = workers_.tile(worker);
-      for (int64_t block = 0; block < num_blocks_; block += kPerTile) {
-        const int64_t word = block * words_;
-        gemm(rows, columns, at_most(p_.vocab - word, kPerTile * words_), Matrix<G>{kept(block, first), tile_stride_, 1},
-             Matrix<T>{weight + word * p_.weight_stride, p_.weight_stride, 1}, sum, kSumStride, block > 0,
-             workers_.packing(worker));
-      }
+      gemm(rows, columns, p_.vocab, Matrix<G>{kept(0, first), kept_stride_, 1}, Matrix<T>{weight, p_.weight_stride, 1},
+           sum, kSumStride, false, workers_.packing(worker));
       for (int64_t i = 0; i < rows; ++i)
         store_row(static_cast<T*>(p_.dhidden) + tokens_[first + i] * p_.dim + column, sum + i * kSumStride, columns);
     });
@@ -231,9 +225,9 @@ class Sweep {
   const LinearCrossEntropyParams& p_;
   const Parallel& par_;
   const bool gradients_;
-  const int64_t words_, num_blocks_, tile_stride_, chunk_;
+  const int64_t words_, num_blocks_, kept_stride_, chunk_;
   GemmWorkers workers_;
-  Scratch<G> tiles_;  // (tiles, chunk_, tile_stride_)
+  Scratch<G> kept_;  // (chunk_, kept_stride_): exponentials, then gradients
   Scratch<float> stats_;
   Scratch<float> targets_;  // logits of the chunk's targets, then their gradients
   Scratch<T> gathered_;     // rows of hidden, when not all of them count
