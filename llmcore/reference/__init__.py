@@ -5,7 +5,7 @@ written to be read; speed is not their business.
 """
 
 from llmcore.reference.attention import attention, paged_attention
-from llmcore.reference.glu import geglu, swiglu
+from llmcore.reference.glu import geglu, glu_linear, swiglu
 from llmcore.reference.kv_cache import LARGEST_ELEMENT, kv_cache_write, quantise
 from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_dispatch, moe_route, moe_sort
@@ -22,6 +22,7 @@ __all__ = [
     "dyt",
     "geglu",
     "global_norm",
+    "glu_linear",
     "grouped_gemm",
     "grouped_glu",
     "kv_cache_write",
