@@ -4,7 +4,7 @@
 
 1. The step's calls of torch operators, and its time; the time of the very same calls on tiny tensors, which is what
    they cost besides their work.
-2. Microseconds of one call of each op on tiny tensors, without and with autograd (forward and backward).
+2. Microseconds of one call of each op on tiny tensors: in inference mode, under no_grad, forward and backward.
 3. Copies, casts and fills: shape, dtype, and the line of llmcore that they come from (in a backward pass, the formula).
 """
 
@@ -152,14 +152,16 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     result: dict[str, dict] = {"ops": {}}
-    print("microseconds of one call on tiny tensors: without gradients, forward + backward")
+    print("microseconds of one call on tiny tensors: inference mode, no_grad, forward + backward")
     for name, op in single_ops().items():
+        with torch.inference_mode():
+            inference = per_call(op)
         with torch.no_grad():
             plain = per_call(op)
         seed = torch.ones_like(op().detach())
         both = per_call(lambda op=op, seed=seed: op().backward(seed))
-        result["ops"][name] = {"forward_us": plain, "both_us": both}
-        print(f"  {name:24} {plain:8.1f} {both:8.1f}")
+        result["ops"][name] = {"inference_us": inference, "no_grad_us": plain, "both_us": both}
+        print(f"  {name:24} {inference:8.1f} {plain:8.1f} {both:8.1f}")
     what = {
         "training step": (lambda tiny: training(options.layers, tiny), 2048, 5),
         "decode step, 1 sequence": (lambda tiny: decoding(options.layers, tiny), 2, 50),

@@ -48,6 +48,34 @@ int64_t chunk_for(const LinearCrossEntropyParams& p) {
   return at_most(round_up(even, kTileRows), limit);
 }
 
+// Words of a block: as many as leave no thread idle for more than 5 % of the time, or the fewest.
+int64_t words_for(int64_t vocab, int64_t threads) {
+  int64_t words = kMaxWords;
+  const auto idle = [&] { return blocks(vocab, words * threads) * words * threads - vocab; };
+  while (words > kMinWords && idle() * 20 > vocab) words /= 2;
+  return words;
+}
+
+struct Part {
+  int64_t rows, columns;
+};
+// Of dhidden, for a task of step 4. Each packs all of its rows and columns, which costs as much as some products; rows,
+// whose elements are transposed, cost more.
+Part part_for(int64_t size, int64_t dim, int64_t threads) {
+  constexpr int64_t kPackRow = 12, kPackColumn = 4;
+  Part best{kTileRows, kPanel};
+  int64_t least = INT64_MAX;
+  for (int64_t cuts = blocks(size, kBlockM); cuts < 2 * size; cuts *= 2) {
+    const int64_t rows = round_up(blocks(size, cuts), kTileRows);
+    for (int64_t columns = kDimBlock; columns >= kPanel; columns /= 2) {
+      const int64_t width = at_most(columns, dim), rounds = blocks(blocks(size, rows) * blocks(dim, columns), threads),
+                    cost = rounds * (rows * width + kPackRow * rows + kPackColumn * width);
+      if (cost < least) best = {rows, columns}, least = cost;
+    }
+  }
+  return best;
+}
+
 template <class T>
 class Sweep {
   using G = typename GemmProduct<T, T>::type::Value;
@@ -59,8 +87,7 @@ class Sweep {
       : p_(p),
         par_(par),
         gradients_(p.dhidden || p.dweight),
-        // Small vocabularies are cut finer, so that there is work for every thread.
-        words_(p.vocab >= 2 * par.threads * kMaxWords ? kMaxWords : kMinWords),
+        words_(words_for(p.vocab, par.threads)),
         num_blocks_(blocks(p.vocab, words_)),
         kept_stride_(round_up(p.vocab, kLine) | kLine),
         chunk_(chunk_for(p)),
@@ -206,13 +233,11 @@ class Sweep {
   }
 
   void hidden_gradient() {
-    const int64_t dim_blocks = blocks(p_.dim, kDimBlock);
-    int64_t token_blocks = blocks(size_, kBlockM);  // more where that leaves threads without work
-    while (token_blocks * dim_blocks < par_.threads && token_blocks * kTileRows < size_) token_blocks *= 2;
-    const int64_t rows_each = round_up(blocks(size_, token_blocks), kTileRows);
-    parallel_tasks(par_, blocks(size_, rows_each) * dim_blocks, [&](int64_t task, int64_t worker) {
-      const int64_t first = task / dim_blocks * rows_each, rows = at_most(size_ - first, rows_each);
-      const int64_t column = task % dim_blocks * kDimBlock, columns = at_most(p_.dim - column, kDimBlock);
+    const Part part = part_for(size_, p_.dim, par_.threads);
+    const int64_t across = blocks(p_.dim, part.columns);
+    parallel_tasks(par_, blocks(size_, part.rows) * across, [&](int64_t task, int64_t worker) {
+      const int64_t first = task / across * part.rows, rows = at_most(size_ - first, part.rows);
+      const int64_t column = task % across * part.columns, columns = at_most(p_.dim - column, part.columns);
       const T* weight = static_cast<const T*>(p_.weight) + column;
       float* sum = workers_.tile(worker);
       gemm(rows, columns, p_.vocab, Matrix<G>{kept(0, first), kept_stride_, 1}, Matrix<T>{weight, p_.weight_stride, 1},
