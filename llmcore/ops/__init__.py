@@ -16,6 +16,7 @@ from llmcore.ops.layer_norm import layer_norm
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch, moe_sort
 from llmcore.ops.moe_route import Routing, moe_route
+from llmcore.ops.recompute import recompute_activations
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
@@ -47,6 +48,7 @@ __all__ = [
     "moe_route",
     "moe_sort",
     "paged_attention",
+    "recompute_activations",
     "registry",
     "rms_norm",
     "rope",
