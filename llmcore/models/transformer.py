@@ -85,7 +85,8 @@ class Block(nn.Module):
         """The two addends of the stream after a sublayer gave `branch`."""
         if self.placement == "sandwich":
             branch = self.get_submodule(f"{name}_out_norm")(branch)
-        branch = F.dropout(branch, self.dropout, self.training)
+        if self.dropout and self.training:
+            branch = F.dropout(branch, self.dropout)
         if self.placement == "post":
             return self.get_submodule(f"{name}_norm")(branch, residual)[0], None
         return branch, residual
