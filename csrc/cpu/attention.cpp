@@ -120,9 +120,10 @@ class Forward {
     const AttentionShape& s = p_.shape;
     int64_t rows = kTaskFloats / (s.head_dim + s.v_head_dim) / kSubRows * kSubRows;
     rows = max64(kSubRows, min64(rows, 8 * kSubRows));
-    // Smaller tasks when there would be fewer than three for each thread.
+    // Smaller tasks when there would be fewer than eight for each thread: with 64 threads the last ones then end within
+    // 2 % of each other (bench/balance.py).
     const int64_t total = (s.cu_q ? s.cu_q[s.batch] : s.batch * s.seq_q) * s.heads;
-    while (rows > kSubRows && total / rows < 3 * par_.threads) rows -= kSubRows;
+    while (rows > kSubRows && total / rows < 8 * par_.threads) rows -= kSubRows;
     return max64(1, rows / group_);
   }
 

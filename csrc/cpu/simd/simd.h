@@ -151,9 +151,16 @@ LLMCORE_INLINE vf load(const int8_t* p) {
 #endif
 }
 LLMCORE_INLINE vf load(const f8* p) {
+#if defined(__AVX512F__)
+  const vu u = (vu)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__) && !defined(LLMCORE_EMULATE_AVX512BF16)
+  const vu u = (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
   vub b;
   __builtin_memcpy(&b, p, sizeof(b));
-  const vu u = __builtin_convertvector(b, vu), mag = u & 0x7f;
+  const vu u = __builtin_convertvector(b, vu);
+#endif
+  const vu mag = u & 0x7f;
   const vf subnormal = __builtin_convertvector(bit_cast<vi>(mag), vf) * 0.001953125f;
   const vf finite = mag < 8 ? subnormal : bit_cast<vf>((mag << 20) + (120u << 23));
   return bit_cast<vf>((mag == 0x7f ? 0x7fc00000u - vu{} : bit_cast<vu>(finite)) | (u & 0x80) << 24);
