@@ -119,6 +119,32 @@ def linear_cross_entropy(dtype: torch.dtype, device: str) -> Cases:
     yield Sample("8k tokens, H 4096, V 128k", (hidden, weight * dim**-0.5, targets), {}, (0, 1))
 
 
+@case("sample")
+def sample(dtype: torch.dtype, device: str) -> Cases:
+    rows, vocab = 128, 131072
+    logits = torch.randn(rows, vocab, device=device, dtype=dtype) * 2
+    draws = {"seeds": torch.arange(rows, device=device), "positions": torch.full((rows,), 7, device=device)}
+    filters = {
+        "temperature": torch.full((rows,), 0.8, device=device),
+        "top_k": torch.full((rows,), 50, device=device),
+        "top_p": torch.full((rows,), 0.9, device=device),
+        "min_p": torch.zeros(rows, device=device),
+    }
+    yield Sample(f"{rows} rows, V 128k, top-k + top-p", (logits,), filters | draws)
+    yield Sample(f"{rows} rows, V 128k, no filter", (logits,), draws)
+
+
+@case("apply_penalties_")
+def apply_penalties_(dtype: torch.dtype, device: str) -> Cases:
+    rows, vocab, seen = 128, 131072, 2048
+    logits = torch.randn(rows, vocab, device=device, dtype=dtype)
+    tokens = torch.randint(vocab, (rows, seen), device=device)
+    prompt_lens = torch.full((rows,), seen // 2, device=device)
+    penalties = {"repetition": 1.1, "presence": 0.5, "frequency": 0.25}
+    settings = {name: torch.full((rows,), value, device=device) for name, value in penalties.items()}
+    yield Sample(f"{rows} rows, V 128k, {seen} tokens", (logits, tokens, prompt_lens), settings)
+
+
 def _experts(dim: int, ffn: int, first: bool, dtype: torch.dtype, device: str) -> Cases:
     """A layer of 128 experts, 8 for each token, in training and in decoding: the first product, which gathers its rows,
     or the second."""

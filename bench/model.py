@@ -95,21 +95,21 @@ def their_step(theirs, tokens: torch.Tensor, compiled: bool) -> Callable[[], flo
     return step
 
 
-def our_generation(model: Transformer, prompts: torch.Tensor) -> Callable[[], float]:
+def our_generation(model: Transformer, prompts: torch.Tensor, new: int = NEW) -> Callable[[], float]:
     def run() -> float:
-        generate(model, prompts, max_tokens=NEW, temperature=0)
+        generate(model, prompts, max_tokens=new, temperature=0)
         return 0.0
 
     return run
 
 
-def their_generation(theirs, prompts: torch.Tensor, compiled: bool) -> Callable[[], float]:
+def their_generation(theirs, prompts: torch.Tensor, compiled: bool, new: int = NEW) -> Callable[[], float]:
     theirs.generation_config.eos_token_id = None
     options = {"cache_implementation": "static"} if compiled else {}
 
     def run() -> float:
         theirs.generate(
-            prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=NEW, pad_token_id=0,
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=new, pad_token_id=0,
             **options,
         )  # fmt: skip
         return 0.0

@@ -1,9 +1,9 @@
 #include "common.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <array>
+
+#include "loaded_symbol.h"
 
 namespace llmcore {
 
@@ -181,8 +181,27 @@ Rows as_rows(const Tensor& t) {
   return {torch::stable::contiguous(t), rows, dim, dim};
 }
 
+// torch::stable::new_empty goes through the dispatcher with boxed arguments, which takes longer than a small kernel.
+static Tensor new_empty(const Tensor& like, const int64_t* shape, int64_t dims, std::optional<ScalarType> dtype) {
+  int32_t device_type, device_index, type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  if (dtype) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  }
+  std::vector<int64_t> strides(dims);
+  int64_t stride = 1;
+  for (int64_t d = dims; d-- > 0; stride *= shape[d] > 0 ? shape[d] : 1) strides[d] = stride;
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, shape, strides.data(), type, device_type, device_index, &result));
+  return Tensor(result);
+}
+
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  return new_empty(like, shape.begin(), static_cast<int64_t>(shape.size()), dtype);
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
@@ -192,7 +211,7 @@ Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::opti
 Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype) {
   std::vector<int64_t> shape(like.dim());
   for (int64_t i = 0; i < like.dim(); ++i) shape[i] = like.size(i);
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  return new_empty(like, shape.data(), like.dim(), dtype);
 }
 
 Tensor sum_partials(const Tensor& partials, ScalarType dtype) {
@@ -217,7 +236,8 @@ namespace {
 // device-generic one gives its native handle from 2.13 on only.
 void* current_stream(int device) {
   using Function = int32_t (*)(int32_t, void**);
-  static const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto function =
+      reinterpret_cast<Function>(loaded_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
   LLMCORE_CHECK(function, "this torch has no CUDA streams; llmcore's CUDA kernels need a torch built for CUDA");
   void* stream = nullptr;
   LLMCORE_CHECK(function(device, &stream) == 0, "torch gave no current stream for CUDA device ", device);

@@ -3,6 +3,7 @@
 
 #include "llmcore/build_config.h"
 #include "llmcore/isa.h"
+#include "loaded_symbol.h"
 #ifdef LLMCORE_EMULATE_CUDA
 #include "simt.h"
 #endif
@@ -33,6 +34,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const std::string& name) { return llmcore::set_isa(name.c_str()); },
       "Chooses the instruction set of the CPU kernels for the whole process; False when it is not available.");
+  m.def(
+      "has_loaded_symbol",
+      [](const std::string& library, const std::string& symbol) {
+        return llmcore::loaded_symbol(library.c_str(), symbol.c_str()) != nullptr;
+      },
+      "Whether the bindings find a function of a library that the process has loaded.");
 #ifdef LLMCORE_EMULATE_CUDA
   m.def(
       "emulator_options",

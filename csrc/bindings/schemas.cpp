@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "grouped_glu_backward(Tensor dout, Tensor kept, Tensor x, Tensor gate_up, Tensor offsets, Tensor? token_of, "
       "Tensor? row_of, str activation, bool need_dx, bool need_dgate_up) -> (Tensor dx, Tensor dgate_up)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
       "float z_loss, float label_smoothing) -> (Tensor loss, Tensor lse)");
@@ -80,10 +81,27 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
       "(Tensor dx, Tensor dalpha, Tensor dweight, Tensor dbias)");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+  m.def("glu_linear_backward(Tensor dact, Tensor gate_up, str activation) -> (Tensor act, Tensor dgate_up)");
   m.def("geglu(Tensor gate, Tensor up, str approximate) -> Tensor");
   m.def("geglu_backward(Tensor dy, Tensor gate, Tensor up, str approximate) -> (Tensor dgate, Tensor dup)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor");
   m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> ()");
+  // cos and sin go together; without them nothing is rotated. Without a weight those heads have no norm
+  m.def(
+      "qk_norm_rope(Tensor qkv, int num_heads, int num_kv_heads, Tensor? cos, Tensor? sin, Tensor? positions, "
+      "Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved) -> (Tensor q, Tensor k, Tensor v)");
+  m.def(
+      "qk_norm_rope_backward(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? qkv, int num_heads, int num_kv_heads, "
+      "Tensor? cos, Tensor? sin, Tensor? positions, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved) "
+      "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+  m.def(
+      "qk_norm_rope_cache_write(Tensor qkv, int num_heads, int num_kv_heads, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor slot_mapping, Tensor? cos, Tensor? sin, Tensor? positions, Tensor? q_weight, Tensor? k_weight, "
+      "float eps, bool interleaved, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor q");
+  // what they refuse, for their CUDA side (llmcore/ops/qk_norm_rope_cuda.py)
+  m.def(
+      "qk_norm_rope_check(str op, Tensor qkv, int num_heads, int num_kv_heads, Tensor? cos, Tensor? sin, "
+      "Tensor? positions, Tensor? q_weight, Tensor? k_weight, float eps) -> ()");
   m.def(
       "kv_cache_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
       "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()");

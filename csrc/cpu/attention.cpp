@@ -1,6 +1,7 @@
 // The forward pass: online softmax over tiles of keys, split over the keys when there are too few tasks to go round.
 #include "llmcore/attention.h"
 
+#include "attention_decode.h"
 #include "attention_tile.h"
 
 namespace llmcore {
@@ -8,8 +9,6 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-// Up to this many rows in a task, packing the keys costs more than it saves: scores are dot products of rows.
-constexpr int64_t kDirectRows = 8;
 // Working set of a task in floats (q, accumulator): about half of a 512 KiB L2.
 constexpr int64_t kTaskFloats = 64 * 1024;
 constexpr int64_t kMinSplitKeys = 256;
@@ -35,86 +34,6 @@ struct Worker {
         p(kSubRows * kKeys) {}
 };
 
-// Scores -> unnormalised probabilities of one row, in place; updates the row's running maximum (an exponent of 2) and
-// sum, and rescales its accumulator.
-inline void softmax_row(float factor, int64_t begin, int64_t end, float* s, float& highest, float& total, float* acc,
-                        int64_t acc_size) {
-  vf top = set1(kNegInf);
-  for (int64_t c = begin; c < end; c += kLanes) top = max(load(s + c), top);
-  const float tile_top = reduce_max(top) * factor;
-  if (tile_top == kNegInf) {  // nothing seen, or only NaN: those must reach the output
-    bool nan = false;
-    for (int64_t c = begin; c < end; ++c) nan |= s[c] != s[c];
-    if (!nan) {
-      for (int64_t c = begin; c < end; c += kLanes) store(s + c, zero());
-      return;
-    }
-  }
-  if (tile_top > highest) {
-    const float rescale = highest == kNegInf ? 0.f : __builtin_exp2f(highest - tile_top);
-    total *= rescale;
-    for (int64_t d = 0; d < acc_size; d += kLanes) store(acc + d, load(acc + d) * rescale);
-    highest = tile_top;
-  }
-  vf sum = zero();
-  for (int64_t c = begin; c < end; c += kLanes) {
-    const vf e = exp2_nonpositive(fma(load(s + c), set1(factor), set1(-highest)));
-    store(s + c, e);
-    sum += e;
-  }
-  total += reduce_sum(sum);
-}
-
-// s[key] = q . k[key] for `count` keys; q is zero-padded to a multiple of kLanes.
-inline void dot_rows(const float* q, const float* const* k, int64_t count, int64_t dim, float* s) {
-  const int64_t whole = dim / kLanes * kLanes;
-  const auto tail = [&](const float* row, vf acc) {
-    return whole < dim ? fma(load(q + whole), load_n(row + whole, dim - whole), acc) : acc;
-  };
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    vf a0 = zero(), a1 = zero(), a2 = zero(), a3 = zero();
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      const vf x = load(q + d);
-      a0 = fma(x, load(k[j] + d), a0);
-      a1 = fma(x, load(k[j + 1] + d), a1);
-      a2 = fma(x, load(k[j + 2] + d), a2);
-      a3 = fma(x, load(k[j + 3] + d), a3);
-    }
-    s[j] = reduce_sum(tail(k[j], a0));
-    s[j + 1] = reduce_sum(tail(k[j + 1], a1));
-    s[j + 2] = reduce_sum(tail(k[j + 2], a2));
-    s[j + 3] = reduce_sum(tail(k[j + 3], a3));
-  }
-  for (; j < count; ++j) {
-    vf a = zero();
-    for (int64_t d = 0; d < whole; d += kLanes) a = fma(load(q + d), load(k[j] + d), a);
-    s[j] = reduce_sum(tail(k[j], a));
-  }
-}
-
-// acc += sum_key p[key] * v[key]. Keys of probability 0 are not read.
-inline void add_rows(const float* p, const float* const* v, int64_t count, int64_t dim, float* acc) {
-  const int64_t whole = dim / kLanes * kLanes;
-  for (int64_t j = 0; j < count;) {
-    const int64_t n = count - j >= 4 && p[j] != 0 && p[j + 1] != 0 && p[j + 2] != 0 && p[j + 3] != 0 ? 4 : 1;
-    if (n == 4) {
-      for (int64_t d = 0; d < whole; d += kLanes) {
-        vf a = fma(set1(p[j]), load(v[j] + d), load(acc + d));
-        a = fma(set1(p[j + 1]), load(v[j + 1] + d), a);
-        a = fma(set1(p[j + 2]), load(v[j + 2] + d), a);
-        store(acc + d, fma(set1(p[j + 3]), load(v[j + 3] + d), a));
-      }
-    } else if (p[j] != 0) {
-      for (int64_t d = 0; d < whole; d += kLanes) store(acc + d, fma(set1(p[j]), load(v[j] + d), load(acc + d)));
-    }
-    for (int64_t d = whole; d < dim; ++d)
-      for (int64_t i = j; i < j + n; ++i)
-        if (p[i] != 0) acc[d] += p[i] * v[i][d];
-    j += n;
-  }
-}
-
 template <class Product>
 class Forward {
  public:
@@ -137,7 +56,7 @@ class Forward {
         begin(t, x, true);
         const KeyRange keys = task_keys(t);
         attend(t, x, keys.first, keys.last + 1);
-        finish(t, x.acc.data(), x.highest.data(), x.total.data());
+        write_rows(p_, t, group_, x.acc.data(), acc_width_, x.highest.data(), x.total.data());
       });
       return;
     }
@@ -169,10 +88,10 @@ class Forward {
       for (int64_t split = 1; split < splits; ++split) {
         const float* other = first + split * stride;
         for (int64_t r = 0; r < t.rows; ++r)
-          join(first + r * acc_width_, highest[r], total[r], other + r * acc_width_, other[rows * acc_width_ + r],
-               other[rows * (acc_width_ + 1) + r]);
+          join_rows(first + r * acc_width_, highest[r], total[r], other + r * acc_width_, other[rows * acc_width_ + r],
+                    other[rows * (acc_width_ + 1) + r], acc_width_);
       }
-      finish(t, first, highest, total);
+      write_rows(p_, t, group_, first, acc_width_, highest, total);
     });
   }
 
@@ -201,9 +120,10 @@ class Forward {
     const AttentionShape& s = p_.shape;
     int64_t rows = kTaskFloats / (s.head_dim + s.v_head_dim) / kSubRows * kSubRows;
     rows = max64(kSubRows, min64(rows, 8 * kSubRows));
-    // Smaller tasks when there would be fewer than three for each thread.
+    // Smaller tasks when there would be fewer than eight for each thread: with 64 threads the last ones then end within
+    // 2 % of each other (bench/balance.py).
     const int64_t total = (s.cu_q ? s.cu_q[s.batch] : s.batch * s.seq_q) * s.heads;
-    while (rows > kSubRows && total / rows < 3 * par_.threads) rows -= kSubRows;
+    while (rows > kSubRows && total / rows < 8 * par_.threads) rows -= kSubRows;
     return max64(1, rows / group_);
   }
 
@@ -226,12 +146,7 @@ class Forward {
     for (int64_t r = 0; r < t.rows; ++r) {
       load_row<Product>(at(p_.q, p_.q_dtype, row_offset(t, group_, r, p_.q_strides)), p_.q_dtype, p_.shape.head_dim,
                         q_steps_, x.q.data() + r * q_steps_);
-      x.highest.data()[r] = kNegInf;
-      x.total.data()[r] = 0.f;
-      if (p_.mask.sinks && with_sink) {  // a sink is a score whose value is the zero vector
-        x.highest.data()[r] = p_.mask.sinks[t.kv_head * group_ + r % group_] * kLog2e;
-        x.total.data()[r] = 1.f;
-      }
+      begin_row(p_.mask, t.kv_head * group_ + r % group_, with_sink, x.highest.data()[r], x.total.data()[r]);
     }
     __builtin_memset(x.acc.data(), 0, t.rows * acc_width_ * sizeof(float));
   }
@@ -239,7 +154,6 @@ class Forward {
   // Takes keys [first, last) into account.
   void attend(const Task& t, Worker<Product>& x, int64_t first, int64_t last) const {
     const AttentionShape& s = p_.shape;
-    const bool direct = Product::kStep == 1 && t.rows <= kDirectRows;
     for (int64_t key0 = first; key0 < last; key0 += kKeys) {
       const int64_t count = min64(kKeys, last - key0);
       bool loaded = false;
@@ -248,46 +162,31 @@ class Forward {
         const TileView view = view_tile(p_.mask, t, group_, row0, rows, key0, count);
         if (view.end == 0) continue;
         if (!loaded) {
-          load_tile(t, x, key0, count, direct);
+          load_tile(t, x, key0, count);
           loaded = true;
         }
         const int64_t panel0 = view.begin / kPanel, end = round_up(view.end, kPanel),
                       k_steps = steps_of<Product>(s.head_dim);
         float* scores = x.scores.data();
-        if (direct) {
-          if constexpr (Product::kStep == 1)
-            for (int64_t r = 0; r < rows; ++r)
-              dot_rows(x.q.data() + (row0 + r) * q_steps_, x.k_rows.row + view.begin, view.end - view.begin, s.head_dim,
-                       scores + r * kKeys + view.begin);
-        } else {
-          multiply_panels<Product, true>(rows, end / kPanel - panel0, k_steps, x.q.data() + row0 * q_steps_, q_steps_,
-                                         x.k_packed.data() + panel0 * kPanel * k_steps, kPanel * k_steps,
-                                         scores + view.begin, kKeys, false);
-        }
+        multiply_panels<Product, true>(rows, end / kPanel - panel0, k_steps, x.q.data() + row0 * q_steps_, q_steps_,
+                                       x.k_packed.data() + panel0 * kPanel * k_steps, kPanel * k_steps,
+                                       scores + view.begin, kKeys, false);
         for (int64_t r = 0; r < rows; ++r) {
           float *line = scores + r * kKeys, *acc = x.acc.data() + (row0 + r) * acc_width_;
           ready_scores(p_.mask, view.begin, end, line);
-          if (view.partial || direct) mask_scores(p_.mask, t, group_, row0 + r, key0, view, line);
+          if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, line);
           softmax_row(exponent_factor(p_.mask), view.begin, end, line, x.highest.data()[row0 + r],
                       x.total.data()[row0 + r], acc, acc_width_);
-        }
-        if (direct) {
-          if constexpr (Product::kStep == 1)
-            for (int64_t r = 0; r < rows; ++r)
-              add_rows(scores + r * kKeys + view.begin, x.v_rows.row + view.begin, view.end - view.begin, s.v_head_dim,
-                       x.acc.data() + (row0 + r) * acc_width_);
-          continue;
         }
         add_values(x, row0, rows, view, steps_of<Product>(count));
       }
     }
   }
 
-  void load_tile(const Task& t, Worker<Product>& x, int64_t key0, int64_t count, bool direct) const {
+  void load_tile(const Task& t, Worker<Product>& x, int64_t key0, int64_t count) const {
     const AttentionShape& s = p_.shape;
     tile_rows(s, t, p_.k, p_.kv_dtype, p_.k_strides, p_.k_scale, s.head_dim, key0, count, x.k_copy.data(), x.k_rows);
     tile_rows(s, t, p_.v, p_.kv_dtype, p_.v_strides, p_.v_scale, s.v_head_dim, key0, count, x.v_copy.data(), x.v_rows);
-    if (direct) return;
     const int64_t k_steps = steps_of<Product>(s.head_dim);
     for (int64_t c = 0; c < count; c += kPanel)
       pack_panel(x.k_packed.data() + c * k_steps, x.k_rows, c, min64(kPanel, count - c), s.head_dim);
@@ -326,29 +225,6 @@ class Forward {
     }
   }
 
-  // (acc, highest, total) of one row joined with another split's.
-  void join(float* acc, float& highest, float& total, const float* other, float other_highest,
-            float other_total) const {
-    const float top = highest > other_highest ? highest : other_highest;
-    const float a = highest == top ? 1.f : __builtin_exp2f(highest - top);
-    const float b = other_highest == top ? 1.f : __builtin_exp2f(other_highest - top);
-    for (int64_t d = 0; d < acc_width_; d += kLanes) store(acc + d, load(acc + d) * a + load(other + d) * b);
-    total = total * a + other_total * b;
-    highest = top;
-  }
-
-  void finish(const Task& t, const float* acc, const float* highest, const float* total) const {
-    for (int64_t r = 0; r < t.rows; ++r) {
-      void* out = const_cast<void*>(at(p_.out, p_.q_dtype, row_offset(t, group_, r, p_.out_strides)));
-      const float sum = total[r];
-      row_from_float(acc + r * acc_width_, p_.q_dtype, p_.shape.v_head_dim, sum == 0.f ? 0.f : 1.f / sum, out);
-      if (!p_.lse) continue;
-      const int64_t query = t.seq.q_start + t.first_query + r / group_, head = t.kv_head * group_ + r % group_;
-      p_.lse[t.b * p_.lse_batch + head * p_.lse_head + query] =
-          sum == 0.f ? kNegInf : highest[r] * kLn2 + __builtin_logf(sum);
-    }
-  }
-
   const AttentionParams& p_;
   const Parallel& par_;
   const int64_t group_, acc_width_, q_steps_, queries_;
@@ -358,6 +234,7 @@ class Forward {
 }  // namespace
 
 void attention_forward(const AttentionParams& p, const Parallel& par) {
+  attention_decode(p, par);
   if constexpr (kHasBf16Dot) {
     if (use_bf16_product(p.q_dtype, p.kv_dtype)) {
       Forward<ProductBf16>(p, par).run();

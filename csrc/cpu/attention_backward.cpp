@@ -65,7 +65,8 @@ class Backward {
       : p_(p),
         par_(par),
         group_(p.shape.heads / p.shape.kv_heads),
-        queries_(max64(1, kBlockRows / group_)),
+        splits_(splits(p.shape, par.threads)),
+        queries_(queries_per_block()),
         dk_width_(round_up(p.shape.head_dim, kPanel)),
         dv_width_(round_up(p.shape.v_head_dim, kPanel)) {
     for (int64_t b = 0; b < p.shape.batch; ++b) max_k_ = max64(max_k_, sequence(p.shape, b).num_k);
@@ -74,8 +75,7 @@ class Backward {
   void run() {
     const int64_t heads = p_.shape.batch * p_.shape.kv_heads;
     if (heads == 0) return;
-    const int64_t splits = heads >= 2 * par_.threads ? 1 : (2 * par_.threads + heads - 1) / heads;
-    const int64_t tasks = heads * splits, stride = max_k_ * (dk_width_ + dv_width_);
+    const int64_t splits = splits_, tasks = heads * splits, stride = max_k_ * (dk_width_ + dv_width_);
     // One accumulator per worker, or one per task when several tasks share a KV head.
     Scratch<float> accumulators((splits == 1 ? min64(par_.threads, tasks) : tasks) * stride);
     Scratch<double> dsinks(tasks * group_);  // each sums as many terms as there are queries
@@ -110,7 +110,11 @@ class Backward {
     __builtin_memset(dk, 0, seq.num_k * dk_width_ * sizeof(float));
     __builtin_memset(dv, 0, seq.num_k * dv_width_ * sizeof(float));
     for (int64_t g = 0; g < group_; ++g) dsinks[g] = 0;
-    for (int64_t first = split * queries_; first < seq.num_q; first += splits * queries_) {
+    const int64_t blocks = (seq.num_q + queries_ - 1) / queries_;
+    for (int64_t turn = 0; turn * splits < blocks; ++turn) {
+      // there and back, so that early blocks, which see few keys, meet late ones in a share
+      const int64_t first = (turn * splits + (turn % 2 ? splits - 1 - split : split)) * queries_;
+      if (first >= seq.num_q) continue;
       const Task t{b, kv_head, first, min64(queries_, seq.num_q - first) * group_, seq};
       load_queries(t, x, dsinks);
       const KeyRange a = visible_keys(p_.mask, seq, first);
@@ -292,9 +296,22 @@ class Backward {
     }
   }
 
+  // Query blocks of a KV head are shared among this many tasks when there are fewer heads than two for each thread.
+  static int64_t splits(const AttentionShape& s, int64_t threads) {
+    const int64_t heads = s.batch * s.kv_heads;
+    return heads == 0 || heads >= 2 * threads ? 1 : (2 * threads + heads - 1) / heads;
+  }
+  // Smaller blocks when a share would have fewer than eight of them.
+  int64_t queries_per_block() const {
+    int64_t rows = kBlockRows, longest = 0;
+    for (int64_t b = 0; b < p_.shape.batch; ++b) longest = max64(longest, sequence(p_.shape, b).num_q);
+    while (splits_ > 1 && rows > kSubRows && longest * group_ / rows < 8 * splits_) rows -= kSubRows;
+    return max64(1, rows / group_);
+  }
+
   const AttentionBackwardParams& p_;
   const Parallel& par_;
-  const int64_t group_, queries_, dk_width_, dv_width_;
+  const int64_t group_, splits_, queries_, dk_width_, dv_width_;
   int64_t max_k_ = 0;
 };
 

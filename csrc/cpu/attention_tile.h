@@ -33,20 +33,26 @@ inline Sequence sequence(const AttentionShape& s, int64_t b) {
   return x;
 }
 
+// Up to this many rows (queries times the query heads of a KV head) a sequence's keys are read as they lie, by
+// attention_decode(): packing them would cost more than it saves.
+constexpr int64_t kDecodeRows = 32;
+LLMCORE_INLINE bool decodes(const AttentionShape& s, const Sequence& seq) {
+  return seq.num_q * (s.heads / s.kv_heads) <= kDecodeRows;
+}
+
 struct Task {
   int64_t b, kv_head, first_query, rows;
   Sequence seq;
 };
 
-// All tasks of a call in the order they are handed out: within a sequence the last queries first, since under a causal
-// mask they see the most keys.
+// All tasks of a call, but for the sequences that attention_decode() serves, in the order they are handed out: within a
+// sequence the last queries first, since under a causal mask they see the most keys.
 class TaskList {
  public:
   TaskList(const AttentionShape& shape, int64_t queries_per_task)
       : shape_(shape), queries_(queries_per_task), start_(shape.batch + 1) {
     start_.data()[0] = 0;
-    for (int64_t b = 0; b < shape.batch; ++b)
-      start_.data()[b + 1] = start_.data()[b] + blocks(sequence(shape, b).num_q) * shape.kv_heads;
+    for (int64_t b = 0; b < shape.batch; ++b) start_.data()[b + 1] = start_.data()[b] + tasks(sequence(shape, b));
   }
   int64_t size() const { return start_.data()[shape_.batch]; }
   Task operator[](int64_t i) const {
@@ -62,6 +68,7 @@ class TaskList {
   }
 
  private:
+  int64_t tasks(const Sequence& seq) const { return decodes(shape_, seq) ? 0 : blocks(seq.num_q) * shape_.kv_heads; }
   int64_t blocks(int64_t queries) const { return (queries + queries_ - 1) / queries_; }
   const AttentionShape& shape_;
   int64_t queries_;
@@ -241,6 +248,69 @@ inline void load_row(const void* row, DType dtype, int64_t dim, int64_t steps, t
 
 // Whether bf16 products serve a call: the machine has them and both operands are bf16.
 LLMCORE_INLINE bool use_bf16_product(DType q, DType kv) { return kHasBf16Dot && q == DType::bf16 && kv == DType::bf16; }
+
+// ---- rows of a result ----------------------------------------------------------------------------------------------
+
+// Scores -> unnormalised probabilities of one row, in place; updates the row's running maximum (an exponent of 2) and
+// sum, and rescales its accumulator.
+inline void softmax_row(float factor, int64_t begin, int64_t end, float* s, float& highest, float& total, float* acc,
+                        int64_t acc_size) {
+  vf top = set1(kNegInf);
+  for (int64_t c = begin; c < end; c += kLanes) top = max(load(s + c), top);
+  const float tile_top = reduce_max(top) * factor;
+  if (tile_top == kNegInf) {  // nothing seen, or only NaN: those must reach the output
+    bool nan = false;
+    for (int64_t c = begin; c < end; ++c) nan |= s[c] != s[c];
+    if (!nan) {
+      for (int64_t c = begin; c < end; c += kLanes) store(s + c, zero());
+      return;
+    }
+  }
+  if (tile_top > highest) {
+    const float rescale = highest == kNegInf ? 0.f : __builtin_exp2f(highest - tile_top);
+    total *= rescale;
+    for (int64_t d = 0; d < acc_size; d += kLanes) store(acc + d, load(acc + d) * rescale);
+    highest = tile_top;
+  }
+  vf sum = zero();
+  for (int64_t c = begin; c < end; c += kLanes) {
+    const vf e = exp2_nonpositive(fma(load(s + c), set1(factor), set1(-highest)));
+    store(s + c, e);
+    sum += e;
+  }
+  total += reduce_sum(sum);
+}
+
+// The state of a row before its first key. A sink is a score whose value is the zero vector.
+inline void begin_row(const AttentionMask& m, int64_t head, bool with_sink, float& highest, float& total) {
+  highest = kNegInf, total = 0.f;
+  if (m.sinks && with_sink) highest = m.sinks[head] * kLog2e, total = 1.f;
+}
+
+// (acc, highest, total) of a row joined with those of other keys.
+inline void join_rows(float* acc, float& highest, float& total, const float* other, float other_highest,
+                      float other_total, int64_t width) {
+  const float top = highest > other_highest ? highest : other_highest;
+  const float a = highest == top ? 1.f : __builtin_exp2f(highest - top);
+  const float b = other_highest == top ? 1.f : __builtin_exp2f(other_highest - top);
+  for (int64_t d = 0; d < width; d += kLanes) store(acc + d, load(acc + d) * a + load(other + d) * b);
+  total = total * a + other_total * b;
+  highest = top;
+}
+
+// A task's rows of out and lse.
+inline void write_rows(const AttentionParams& p, const Task& t, int64_t group, const float* acc, int64_t width,
+                       const float* highest, const float* total) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    void* out = const_cast<void*>(at(p.out, p.q_dtype, row_offset(t, group, r, p.out_strides)));
+    const float sum = total[r];
+    row_from_float(acc + r * width, p.q_dtype, p.shape.v_head_dim, sum == 0.f ? 0.f : 1.f / sum, out);
+    if (!p.lse) continue;
+    const int64_t query = t.seq.q_start + t.first_query + r / group, head = t.kv_head * group + r % group;
+    p.lse[t.b * p.lse_batch + head * p.lse_head + query] =
+        sum == 0.f ? kNegInf : highest[r] * kLn2 + __builtin_logf(sum);
+  }
+}
 
 }  // namespace LLMCORE_ISA
 }  // namespace cpu

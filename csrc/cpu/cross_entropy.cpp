@@ -42,7 +42,9 @@ void run_row(const CrossEntropyChunkParams& p, int64_t row) {
   }
   if (p.softcap > 0.f) cap(logits, p.vocab, p.softcap);
   if (p.loss) find_loss(p, row, logits);
-  if (p.dloss) differentiate<G>(logits, p.vocab, target, RowGradient(p, p.dloss[row * p.dloss_stride], p.lse[row]));
+  if (p.dloss)
+    differentiate(logits, reinterpret_cast<G*>(logits), p.vocab, target,
+                  RowGradient(p, p.dloss[row * p.dloss_stride], p.lse[row]));
 }
 
 }  // namespace

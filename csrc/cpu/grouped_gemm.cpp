@@ -1,6 +1,7 @@
 #include "llmcore/grouped_gemm.h"
 
 #include "activations.h"
+#include "few_rows.h"
 #include "gemm_workers.h"
 
 namespace llmcore {
@@ -10,8 +11,9 @@ namespace {
 
 constexpr int64_t kRowBlock = kBlockM;            // of one task: packed once for all its columns
 constexpr int64_t kMaxColumnBlock = 4 * kBlockN;  // of one task
-constexpr int kDirectRows = 4;                    // experts with so few rows read their weights once, unpacked
-constexpr int64_t kDirectColumns = 256;           // of one direct task: its sums stay in L1
+constexpr int64_t kDirectRows = kFewRows;         // experts with so few rows read their weights once, unpacked
+constexpr int64_t kDirectColumns = 1024;          // of one of their tasks, at most
+constexpr int64_t kOuterRows = 8;                 // experts with so few rows write their weights' gradient directly
 
 LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 LLMCORE_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
@@ -37,79 +39,6 @@ int64_t expert_of(const int64_t* first, int64_t num_experts, int64_t task) {  //
     (first[middle] <= task ? low : high) = middle;
   }
   return low;
-}
-
-// sums[r][j] = x[r] . w[j] for R rows of x (floats, k apart) and n rows of w.
-template <class T, int R>
-void dot_rows(const float* x, const T* w, int64_t w_stride, int64_t n, int64_t k, float* sums, int64_t sums_stride) {
-  constexpr int W = R == 1 ? 4 : 2;  // rows of w at a time: enough sums in flight to hide the latency of an addition
-  for (int64_t j = 0; j < n; j += W) {
-    const T* rows[W];
-    for (int v = 0; v < W; ++v) rows[v] = w + at_most(j + v, n - 1) * w_stride;
-    vf acc[R][W] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= k; i += kLanes)
-      for (int v = 0; v < W; ++v) {
-        const vf wv = load(rows[v] + i);
-        for (int r = 0; r < R; ++r) acc[r][v] = fma(load(x + r * k + i), wv, acc[r][v]);
-      }
-    if (i < k)
-      for (int v = 0; v < W; ++v) {
-        const vf wv = load_n(rows[v] + i, k - i);
-        for (int r = 0; r < R; ++r) acc[r][v] = fma(load_n(x + r * k + i, k - i), wv, acc[r][v]);
-      }
-    for (int v = 0; v < W && j + v < n; ++v)
-      for (int r = 0; r < R; ++r) sums[r * sums_stride + j + v] = reduce_sum(acc[r][v]);
-  }
-}
-
-// sums[r][j] = sum_i x[r][i] w[i][j]: w is read row by row, n adjacent elements of each.
-template <class T, int R>
-void add_rows(const float* x, const T* w, int64_t w_stride, int64_t n, int64_t k, float* sums, int64_t sums_stride) {
-  for (int r = 0; r < R; ++r)
-    for (int64_t j = 0; j < n; ++j) sums[r * sums_stride + j] = 0.f;
-  for (int64_t i = 0; i < k; i += 2) {
-    const bool pair = i + 1 < k;
-    const T *even = w + i * w_stride, *odd = pair ? even + w_stride : even;
-    vf xe[R], xo[R];
-    for (int r = 0; r < R; ++r) {
-      xe[r] = set1(x[r * k + i]);
-      xo[r] = set1(pair ? x[r * k + i + 1] : 0.f);
-    }
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-      const vf we = load(even + j), wo = pair ? load(odd + j) : zero();
-      for (int r = 0; r < R; ++r) {
-        float* to = sums + r * sums_stride + j;
-        store(to, fma(xo[r], wo, fma(xe[r], we, load(to))));
-      }
-    }
-    if (j < n) {
-      const vf we = load_n(even + j, n - j), wo = pair ? load_n(odd + j, n - j) : zero();
-      for (int r = 0; r < R; ++r) {
-        float* to = sums + r * sums_stride + j;
-        store_n(to, fma(xo[r], wo, fma(xe[r], we, load_n(to, n - j))), n - j);
-      }
-    }
-  }
-}
-
-// y (rows, n) = x (rows, k) * b (k, n) for rows <= kDirectRows. `x_rows` holds kDirectRows * k floats, `sums`
-// kDirectRows * kDirectColumns.
-template <class T>
-void multiply_few(int64_t rows, int64_t n, int64_t k, const T* x, int64_t x_stride, Matrix<T> b, T* y, int64_t y_stride,
-                  float* x_rows, float* sums) {
-  const int64_t padded = rows == 3 ? 4 : rows;
-  for (int64_t r = 0; r < padded; ++r)
-    for (int64_t i = 0; i < k; ++i) x_rows[r * k + i] = r < rows ? to_float(x[r * x_stride + i]) : 0.f;
-  if (b.col_stride == 1) {
-    auto f = padded == 1 ? add_rows<T, 1> : padded == 2 ? add_rows<T, 2> : add_rows<T, 4>;
-    f(x_rows, b.data, b.row_stride, n, k, sums, kDirectColumns);
-  } else {
-    auto f = padded == 1 ? dot_rows<T, 1> : padded == 2 ? dot_rows<T, 2> : dot_rows<T, 4>;
-    f(x_rows, b.data, b.col_stride, n, k, sums, kDirectColumns);
-  }
-  for (int64_t r = 0; r < rows; ++r) store_row(y + r * y_stride, sums + r * kDirectColumns, n);
 }
 
 // Rows token_of[r] of x, gathered; x itself without token_of.
@@ -143,13 +72,20 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
   int64_t all_row_blocks = 0;
   for (int64_t e = 0; e < p.num_experts; ++e) all_row_blocks += blocks(rows_of(e), kRowBlock);
   const int64_t columns = column_block(all_row_blocks, p.n, par.threads);
+  const bool along_n = p.n_stride == 1 && p.k_stride != 1;
+  const auto direct_columns = [&](int64_t rows) {
+    int64_t block = along_n ? at_most(add_columns(rows), kDirectColumns) : kDirectColumns;
+    while (block > 64 && all_row_blocks * blocks(p.n, block) < 3 * par.threads) block /= 2;
+    return block;
+  };
+  bool any_gemm = false;
   const int64_t tasks = number_tasks(p.num_experts, first.data(), [&](int64_t e) -> int64_t {
     const int64_t rows = rows_of(e);
-    return rows <= kDirectRows ? (rows > 0) * blocks(p.n, kDirectColumns)
-                               : blocks(rows, kRowBlock) * blocks(p.n, columns);
+    any_gemm |= rows > kDirectRows;
+    if (rows == 0) return 0;
+    return rows <= kDirectRows ? blocks(p.n, direct_columns(rows)) : blocks(rows, kRowBlock) * blocks(p.n, columns);
   });
-  GemmWorkers workers(par.threads, kRowBlock * columns);
-  Scratch<float> x_rows(par.threads * kDirectRows * p.k);
+  GemmWorkers workers(any_gemm ? par.threads : 0, kRowBlock * columns);
   parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
     const int64_t e = expert_of(first.data(), p.num_experts, task), rows = rows_of(e),
                   of_expert = task - first.data()[e];
@@ -157,11 +93,11 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
     T* y = static_cast<T*>(p.y) + p.offsets[e] * p.n;
     Matrix<T> b{static_cast<const T*>(p.weight) + e * p.expert_stride, p.k_stride, p.n_stride};
     if (rows <= kDirectRows) {
-      const int64_t j = of_expert * kDirectColumns;
+      const int64_t block = direct_columns(rows), j = of_expert * block, n = at_most(p.n - j, block);
       b.data += j * b.col_stride;
-      multiply_few(rows, at_most(p.n - j, kDirectColumns), p.k, x, all_x.stride(), b, y + j, p.n,
-                   x_rows.data() + worker * kDirectRows * p.k, workers.tile(worker));
-      return;
+      if (along_n) return add_rows<T>(rows, n, p.k, x, all_x.stride(), b.data, b.row_stride, y + j, p.n);
+      const PackedRows<T> packed(rows, p.k, [&](int64_t r) { return x + r * all_x.stride(); });
+      return dot_product_rows<T>(n, p.k, packed, b.data, b.col_stride, nullptr, y + j, p.n);
     }
     const int64_t row_blocks = blocks(rows, kRowBlock);
     const int64_t r = of_expert % row_blocks * kRowBlock, j = of_expert / row_blocks * columns;
@@ -172,20 +108,25 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
   });
 }
 
-// out[j][i] = sum_r dy[r][j] x[r][i] for `rows` <= kDirectRows: each row of out is written once, nothing is packed.
-// `x_rows` holds kDirectRows * k floats.
+// out[j][i] = sum_r dy[r][j] x[r][i] for `rows` <= kOuterRows: each row of out is written once, nothing is packed.
+// `x_rows` holds rows * k floats.
 template <class T>
 void outer_products(int64_t rows, int64_t n, int64_t k, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride,
                     T* out, int64_t out_stride, float* x_rows) {
-  for (int64_t r = 0; r < kDirectRows; ++r)
-    for (int64_t i = 0; i < k; ++i) x_rows[r * k + i] = r < rows ? to_float(x[r * x_stride + i]) : 0.f;
-  for (int64_t j = 0; j < n; ++j) {
-    vf d[kDirectRows];
-    for (int64_t r = 0; r < kDirectRows; ++r) d[r] = set1(r < rows ? to_float(dy[r * dy_stride + j]) : 0.f);
+  constexpr int kRows = 4;  // of out at a time, so that x is read less often
+  for (int64_t r = 0; r < rows; ++r)
+    for_row(k, [&](int64_t i, auto lanes) { store_n(x_rows + r * k + i, load_n(x + r * x_stride + i, lanes), lanes); });
+  for (int64_t j = 0; j < n; j += kRows) {
+    float d[kOuterRows][kRows];
+    for (int64_t r = 0; r < rows; ++r)
+      for (int q = 0; q < kRows; ++q) d[r][q] = j + q < n ? to_float(dy[r * dy_stride + j + q]) : 0.f;
     for_row(k, [&](int64_t i, auto lanes) {
-      vf sum = d[0] * load_n(x_rows + i, lanes);
-      for (int64_t r = 1; r < rows; ++r) sum = fma(d[r], load_n(x_rows + r * k + i, lanes), sum);
-      store_n(out + j * out_stride + i, sum, lanes);
+      vf sum[kRows] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const vf xv = load_n(x_rows + r * k + i, lanes);
+        for (int q = 0; q < kRows; ++q) sum[q] = fma(set1(d[r][q]), xv, sum[q]);
+      }
+      for (int q = 0; q < kRows && j + q < n; ++q) store_n(out + (j + q) * out_stride + i, sum[q], lanes);
     });
   }
 }
@@ -217,6 +158,7 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
   const int64_t n_blocks = blocks(p.n, kRowBlock);
   const int64_t columns = column_block(p.num_experts * n_blocks, p.k, par.threads), k_blocks = blocks(p.k, columns);
   GemmWorkers workers(par.threads, kRowBlock * columns);
+  prefer_huge_pages(p.dweight, p.num_experts * p.n * p.k * sizeof(T));  // a new tensor in every step
   parallel_tasks(par, p.num_experts * n_blocks * k_blocks, [&](int64_t task, int64_t worker) {
     const int64_t e = task / (n_blocks * k_blocks), begin = p.offsets[e];
     const int64_t j = task / k_blocks % n_blocks * kRowBlock, i = task % k_blocks * columns;
@@ -224,7 +166,9 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
     const T* dy = static_cast<const T*>(p.dy) + begin * p.dy_stride + j;
     const T* x = all_x.data() + begin * all_x.stride() + i;
     T* out = static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i;
-    if (rows <= kDirectRows)
+    if (rows == 0)  // most of the gradient when there are few tokens; memset need not read what it overwrites
+      for (int64_t row = 0; row < n; ++row) __builtin_memset(out + row * p.k, 0, k * sizeof(T));
+    else if (rows <= kOuterRows)
       outer_products(rows, n, k, dy, p.dy_stride, x, all_x.stride(), out, p.k, workers.tile(worker));
     else
       gemm_to(n, k, rows, Matrix<T>{dy, 1, p.dy_stride}, Matrix<T>{x, all_x.stride(), 1}, out, p.k,

@@ -1,166 +1,280 @@
-// Tokens are taken in chunks. The logits of a chunk are computed in tiles, one per block of the vocabulary:
+// Tokens are taken in chunks, the vocabulary in blocks. Of a chunk's logits, what the gradients need is kept, in the
+// type that the products take (bf16 where these are formed of bf16):
 //
-//   1. scores       tile = hidden weight^T (parallel over tiles), with each row's maximum and sum of exponentials
-//   2. loss         the tiles' sums make the logsumexp of each row
-//   3. dweight      each tile is turned into its gradient in place, then dweight[block] += tile^T hidden: one task owns
-//                   a block of dweight, and chunks come in order, so the sum has one order
-//   4. dhidden      sum over tiles of tile weight[block] (parallel over rows and columns)
+//   1. scores       logits = hidden weight^T of a block; each row's maximum and sum of exponentials; kept are the
+//                   exponentials, or the gradients where lse is known already
+//   2. losses       the blocks' sums make the logsumexp of each row, and each row's factor for each block's
+//   exponentials
+//   3. dweight      exponentials become gradients in place; dweight[block] += gradients^T hidden: one task owns a block
+//                   of dweight, and chunks come in order, so the sum has one order
+//   4. dhidden      gradients weight (parallel over rows and columns)
 //
-// Without gradients a tile lives only as long as its task. With them, one pass serves loss and gradients, which saves
-// the second computation of the logits (as in Liger Kernel, arXiv 2410.10989), at the price of one chunk's logits.
+// Without gradients a block of logits lives only as long as its task. With them, one pass serves loss and gradients,
+// which saves the second computation of the logits (as in Liger Kernel, arXiv 2410.10989), at the price of what is kept
+// of one chunk. exp is computed once: exponentials are relative to the maximum of their row in the block, hence at most
+// 1.
 #include "llmcore/linear_cross_entropy.h"
 
 #include "cross_entropy_row.h"
 #include "gemm_workers.h"
+#include "split_sum.h"
 
 namespace llmcore {
 namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-constexpr int64_t kTokenBlock = 2 * kBlockM;         // rows of a task of step 1
-constexpr int64_t kMaxChunk = 2 * kTokenBlock;       // tokens
-constexpr int64_t kMinChunk = 64;                    // fewer would read and write dweight too often
-constexpr int64_t kChunkLogits = int64_t{16} << 20;  // logits held at once, 64 MiB, unless kMinChunk asks for more
-constexpr int64_t kMaxVocabBlock = 256, kMinVocabBlock = 64;
-constexpr int64_t kTileStride = kMaxVocabBlock + 16;  // not a power of two: columns are read too
-constexpr int64_t kDimBlock = kBlockN;                // columns of a task of step 4
+constexpr int64_t kTokenBlock = 2 * kBlockM;        // rows of a task of step 1
+constexpr int64_t kMaxWords = 256, kMinWords = 64;  // of a block of the vocabulary
+constexpr int64_t kDimBlock = 512;                  // columns of a gradient at a time
+constexpr int64_t kPad = 16;                        // floats: strides are no powers of two
+constexpr int64_t kScoreStride = kMaxWords + kPad, kSumStride = kDimBlock + kPad;  // of a worker's tile
+constexpr int64_t kScoreTile = kTokenBlock * kScoreStride, kSumTile = kMaxWords * kSumStride;
+constexpr int64_t kWorkerTile = kScoreTile > kSumTile ? kScoreTile : kSumTile;
+static_assert(kWorkerTile >= kBlockM * kSumStride);
+
+// Tokens of a chunk. With gradients, a chunk costs one reading and writing of dweight's sum: with 512 tokens 5 % of the
+// time of the products. Below kLargeVocab that sum is small; half as many tokens cost 4 % there, but save a fifth of
+// the memory.
+constexpr int64_t kForwardChunk = 2 * kTokenBlock, kChunk = 512, kSmallChunk = 256, kLargeVocab = 16384;
 
 LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 LLMCORE_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
 
-// One chunk of tokens.
+int64_t chunk_for(const LinearCrossEntropyParams& p) {
+  if (!p.dhidden && !p.dweight) return at_most(p.count, kForwardChunk);
+  const int64_t limit = at_most(p.count, p.vocab < kLargeVocab ? kSmallChunk : kChunk);
+  const int64_t even = limit > 0 ? blocks(p.count, blocks(p.count, limit)) : 0;
+  return at_most(round_up(even, kTileRows), limit);
+}
+
+// Words of a block: as many as leave no thread idle for more than 5 % of the time, or the fewest.
+int64_t words_for(int64_t vocab, int64_t threads) {
+  int64_t words = kMaxWords;
+  const auto idle = [&] { return blocks(vocab, words * threads) * words * threads - vocab; };
+  while (words > kMinWords && idle() * 20 > vocab) words /= 2;
+  return words;
+}
+
+struct Part {
+  int64_t rows, columns;
+};
+// Of dhidden, for a task of step 4. Each packs all of its rows and columns, which costs as much as some products; rows,
+// whose elements are transposed, cost more.
+Part part_for(int64_t size, int64_t dim, int64_t threads) {
+  constexpr int64_t kPackRow = 12, kPackColumn = 4;
+  Part best{kTileRows, kPanel};
+  int64_t least = INT64_MAX;
+  for (int64_t cuts = blocks(size, kBlockM); cuts < 2 * size; cuts *= 2) {
+    const int64_t rows = round_up(blocks(size, cuts), kTileRows);
+    for (int64_t columns = kDimBlock; columns >= kPanel; columns /= 2) {
+      const int64_t width = at_most(columns, dim), rounds = blocks(blocks(size, rows) * blocks(dim, columns), threads),
+                    cost = rounds * (rows * width + kPackRow * rows + kPackColumn * width);
+      if (cost < least) best = {rows, columns}, least = cost;
+    }
+  }
+  return best;
+}
+
 template <class T>
-struct Chunk {
-  int64_t size;
-  const int64_t* tokens;  // (size)
-  Matrix<T> hidden;       // (size, dim)
-  float* tiles;           // (vocab blocks, size, kTileStride), or null: tiles are not kept
-  float* stats;           // (size, 3, vocab blocks): maximum, sum of exp(logit - maximum), sum of the logits
+class Sweep {
+  using G = typename GemmProduct<T, T>::type::Value;
+  static constexpr int64_t kLine = 64 / sizeof(G);             // strides are odd multiples of it: columns are read, too
+  static constexpr bool kDirect = sizeof(T) == sizeof(float);  // dweight is its own float sum
+
+ public:
+  Sweep(const LinearCrossEntropyParams& p, const Parallel& par)
+      : p_(p),
+        par_(par),
+        gradients_(p.dhidden || p.dweight),
+        words_(words_for(p.vocab, par.threads)),
+        num_blocks_(blocks(p.vocab, words_)),
+        kept_stride_(round_up(p.vocab, kLine) | kLine),
+        chunk_(chunk_for(p)),
+        workers_(par.threads, kWorkerTile),
+        kept_(gradients_ ? chunk_ * kept_stride_ : 0),
+        stats_(chunk_ * 3 * num_blocks_),
+        targets_(chunk_),
+        gathered_(adjacent() ? 0 : chunk_ * p.dim),
+        dweight_(static_cast<T*>(p.dweight), p.dweight && !kDirect && p.count > chunk_ ? p.vocab * p.dim : 0) {}
+
+  void run() {
+    for (begin_ = 0; begin_ < p_.count; begin_ += chunk_) {
+      size_ = at_most(p_.count - begin_, chunk_);
+      tokens_ = p_.tokens + begin_;
+      gather();
+      scores();
+      if (p_.loss) losses();
+      if (gradients_) weight_gradient();
+      if (p_.dhidden) hidden_gradient();
+    }
+  }
+
+ private:
+  bool adjacent() const { return p_.count == 0 || p_.tokens[p_.count - 1] - p_.tokens[0] == p_.count - 1; }
+  float dloss(int64_t token) const { return p_.dloss ? p_.dloss[token] : p_.dloss_of_all; }
+  int64_t words_of(int64_t block) const { return at_most(p_.vocab - block * words_, words_); }
+  G* kept(int64_t block, int64_t i) const { return kept_.data() + i * kept_stride_ + block * words_; }
+  // Of row i: maxima (after step 2 the factors of the exponentials), sums of exponentials, sums, of each block.
+  float* stats(int64_t i) const { return stats_.data() + i * 3 * num_blocks_; }
+
+  void gather() {
+    const T* rows = static_cast<const T*>(p_.hidden);
+    if (adjacent()) {
+      hidden_ = {rows + tokens_[0] * p_.hidden_stride, p_.hidden_stride, 1};
+      return;
+    }
+    hidden_ = {gathered_.data(), p_.dim, 1};
+    parallel_ranges(par_, size_, row_grain(p_.dim), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        __builtin_memcpy(gathered_.data() + i * p_.dim, rows + tokens_[i] * p_.hidden_stride, p_.dim * sizeof(T));
+    });
+  }
+
+  void scores() {
+    const int64_t token_blocks = blocks(size_, kTokenBlock);
+    parallel_tasks(par_, token_blocks * num_blocks_, [&](int64_t task, int64_t worker) {
+      const int64_t first = task % token_blocks * kTokenBlock, rows = at_most(size_ - first, kTokenBlock);
+      const int64_t block = task / token_blocks, words = words_of(block);
+      float* tile = workers_.tile(worker);
+      Matrix<T> hidden = hidden_;
+      hidden.data += first * hidden.row_stride;
+      const T* weight = static_cast<const T*>(p_.weight) + block * words_ * p_.weight_stride;
+      gemm(rows, words, p_.dim, hidden, Matrix<T>{weight, 1, p_.weight_stride}, tile, kScoreStride, false,
+           workers_.packing(worker));
+      for (int64_t i = 0; i < rows; ++i) score_row(tile + i * kScoreStride, first + i, block, words);
+    });
+  }
+
+  void score_row(float* row, int64_t i, int64_t block, int64_t words) {
+    if (p_.softcap > 0.f) cap(row, words, p_.softcap);
+    const int64_t token = tokens_[i], target = p_.targets[token] - block * words_;
+    if (!p_.loss) {
+      differentiate(row, kept(block, i), words, target, RowGradient(p_, dloss(token), p_.lse[token]));
+      return;
+    }
+    if (target >= 0 && target < words) targets_.data()[i] = row[target];
+    float* of_block = stats(i) + block;
+    if (!gradients_) {
+      summarise(row, words, of_block, num_blocks_);
+      return;
+    }
+    const float inverse_cap = p_.softcap > 0.f ? 1.f / p_.softcap : 0.f;
+    G* out = kept(block, i);
+    summarise(row, words, of_block, num_blocks_, [&](int64_t j, vf e, vf x, auto lanes) {
+      const vf tanh_of = x * inverse_cap;
+      store_n(out + j, e * (1.f - tanh_of * tanh_of), lanes);
+    });
+  }
+
+  void losses() {
+    parallel_ranges(par_, size_, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float *tops = stats(i), *sums = tops + num_blocks_, *totals = sums + num_blocks_;
+        float top = tops[0];
+        for (int64_t b = 1; b < num_blocks_; ++b) top = tops[b] > top ? tops[b] : top;
+        vf sum = zero(), total = zero();
+        for (int64_t b = 0; b < num_blocks_; b += kLanes) {
+          const int64_t n = num_blocks_ - b;
+          const vf share = exp2_nonpositive((load_n(tops + b, n) - top) * kLog2e);  // anything in the lanes beyond n
+          sum = fma(load_n(sums + b, n), iota() < static_cast<int32_t>(at_most(n, kLanes)) ? share : zero(), sum);
+          total += load_n(totals + b, n);
+        }
+        const int64_t token = tokens_[i];
+        float& target = targets_.data()[i];
+        const float lse = top + __builtin_logf(reduce_sum(sum));
+        float loss = lse - target;
+        if (p_.label_smoothing != 0.f)
+          loss += p_.label_smoothing * (target - reduce_sum(total) / static_cast<float>(p_.vocab));
+        p_.lse[token] = lse;
+        p_.loss[token] = loss + p_.z_loss * lse * lse;
+        if (!gradients_) continue;
+        const RowGradient gradient(p_, dloss(token), lse);
+        target = gradient.at_target(target);
+        for_row(num_blocks_, [&](int64_t b, auto lanes) {
+          store_n(tops + b, exp2_nonpositive((load_n(tops + b, lanes) - lse) * kLog2e) * gradient.of_lse, lanes);
+        });
+      }
+    });
+  }
+
+  // The exponentials of a block become gradients.
+  void scale(int64_t block, int64_t words) {
+    for (int64_t i = 0; i < size_; ++i) {
+      const int64_t token = tokens_[i], target = p_.targets[token] - block * words_;
+      const float factor = stats(i)[block], of_mean = RowGradient(p_, dloss(token), 0.f).of_mean;
+      G* row = kept(block, i);
+      for_row(words,
+              [&](int64_t j, auto lanes) { store_n(row + j, load_n(row + j, lanes) * factor - of_mean, lanes); });
+      if (target >= 0 && target < words) row[target] = from_float<G>(targets_.data()[i]);
+    }
+  }
+
+  void weight_gradient() {
+    const bool first = begin_ == 0, last = begin_ + size_ == p_.count;
+    parallel_tasks(par_, num_blocks_, [&](int64_t block, int64_t worker) {
+      const int64_t words = words_of(block);
+      if (p_.loss) scale(block, words);
+      if (!p_.dweight) return;
+      const Matrix<G> gradient{kept(block, 0), 1, kept_stride_};
+      for (int64_t column = 0; column < p_.dim; column += kDimBlock) {
+        const int64_t columns = at_most(p_.dim - column, kDimBlock), at = block * words_ * p_.dim + column;
+        const Matrix<T> hidden{hidden_.data + column, hidden_.row_stride, 1};
+        if constexpr (kDirect) {
+          gemm(words, columns, size_, gradient, hidden, static_cast<T*>(p_.dweight) + at, p_.dim, !first,
+               workers_.packing(worker));
+        } else {
+          float* sum = workers_.tile(worker);
+          gemm(words, columns, size_, gradient, hidden, sum, kSumStride, false, workers_.packing(worker));
+          for (int64_t i = 0; i < words; ++i) dweight_.add(at + i * p_.dim, sum + i * kSumStride, columns, first, last);
+        }
+      }
+    });
+  }
+
+  void hidden_gradient() {
+    const Part part = part_for(size_, p_.dim, par_.threads);
+    const int64_t across = blocks(p_.dim, part.columns);
+    parallel_tasks(par_, blocks(size_, part.rows) * across, [&](int64_t task, int64_t worker) {
+      const int64_t first = task / across * part.rows, rows = at_most(size_ - first, part.rows);
+      const int64_t column = task % across * part.columns, columns = at_most(p_.dim - column, part.columns);
+      const T* weight = static_cast<const T*>(p_.weight) + column;
+      float* sum = workers_.tile(worker);
+      gemm(rows, columns, p_.vocab, Matrix<G>{kept(0, first), kept_stride_, 1}, Matrix<T>{weight, p_.weight_stride, 1},
+           sum, kSumStride, false, workers_.packing(worker));
+      for (int64_t i = 0; i < rows; ++i)
+        store_row(static_cast<T*>(p_.dhidden) + tokens_[first + i] * p_.dim + column, sum + i * kSumStride, columns);
+    });
+  }
+
+  const LinearCrossEntropyParams& p_;
+  const Parallel& par_;
+  const bool gradients_;
+  const int64_t words_, num_blocks_, kept_stride_, chunk_;
+  GemmWorkers workers_;
+  Scratch<G> kept_;  // (chunk_, kept_stride_): exponentials, then gradients
+  Scratch<float> stats_;
+  Scratch<float> targets_;  // logits of the chunk's targets, then their gradients
+  Scratch<T> gathered_;     // rows of hidden, when not all of them count
+  SplitSum<T> dweight_;
+  // the chunk
+  int64_t begin_ = 0, size_ = 0;
+  const int64_t* tokens_ = nullptr;
+  Matrix<T> hidden_{};
 };
 
 template <class T>
-void scores(const LinearCrossEntropyParams& p, const Chunk<T>& chunk, int64_t vocab_block, GemmWorkers& workers,
-            const Parallel& par) {
-  const int64_t token_blocks = blocks(chunk.size, kTokenBlock), vocab_blocks = blocks(p.vocab, vocab_block);
-  parallel_tasks(par, token_blocks * vocab_blocks, [&](int64_t task, int64_t worker) {
-    const int64_t first = task % token_blocks * kTokenBlock, rows = at_most(chunk.size - first, kTokenBlock);
-    const int64_t block = task / token_blocks, word = block * vocab_block, words = at_most(p.vocab - word, vocab_block);
-    float* tile = chunk.tiles ? chunk.tiles + (block * chunk.size + first) * kTileStride : workers.tile(worker);
-    Matrix<T> hidden = chunk.hidden;
-    hidden.data += first * hidden.row_stride;
-    gemm(rows, words, p.dim, hidden,
-         Matrix<T>{static_cast<const T*>(p.weight) + word * p.weight_stride, 1, p.weight_stride}, tile, kTileStride,
-         false, workers.packing(worker));
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = tile + i * kTileStride;
-      if (p.softcap > 0.f) cap(row, words, p.softcap);
-      if (!p.loss) continue;
-      summarise(row, words, chunk.stats + (first + i) * 3 * vocab_blocks + block, vocab_blocks);
-      const int64_t token = chunk.tokens[first + i], target = p.targets[token];
-      if (target >= word && target < word + words) p.loss[token] = row[target - word];  // waits here until step 2
-    }
-  });
-}
-
-template <class T>
-void losses(const LinearCrossEntropyParams& p, const Chunk<T>& chunk, int64_t vocab_blocks, const Parallel& par) {
-  parallel_ranges(par, chunk.size, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float *tops = chunk.stats + i * 3 * vocab_blocks, *sums = tops + vocab_blocks,
-                  *totals = sums + vocab_blocks;
-      float top = tops[0];
-      for (int64_t b = 1; b < vocab_blocks; ++b) top = tops[b] > top ? tops[b] : top;
-      vf sum = zero(), total = zero();
-      for (int64_t b = 0; b < vocab_blocks; b += kLanes) {
-        const int64_t n = vocab_blocks - b;
-        const vf share = exp2_nonpositive((load_n(tops + b, n) - top) * kLog2e);  // anything in the lanes beyond n
-        sum = fma(load_n(sums + b, n), iota() < static_cast<int32_t>(at_most(n, kLanes)) ? share : zero(), sum);
-        total += load_n(totals + b, n);
-      }
-      const int64_t token = chunk.tokens[i];
-      const float lse = top + __builtin_logf(reduce_sum(sum)), target = p.loss[token];
-      float loss = lse - target;
-      if (p.label_smoothing != 0.f)
-        loss += p.label_smoothing * (target - reduce_sum(total) / static_cast<float>(p.vocab));
-      p.lse[token] = lse;
-      p.loss[token] = loss + p.z_loss * lse * lse;
-    }
-  });
-}
-
-template <class T>
 void run(const LinearCrossEntropyParams& p, const Parallel& par) {
-  using G = typename GemmProduct<T, T>::type::Value;
-  constexpr int64_t kGradientStride = kTileStride * sizeof(float) / sizeof(G);
-  const T* weight = static_cast<const T*>(p.weight);
-  const bool gradients = p.dhidden || p.dweight;
-  // Small vocabularies are cut finer, so that there is work for every thread.
-  const int64_t vocab_block = p.vocab >= 2 * par.threads * kMaxVocabBlock ? kMaxVocabBlock : kMinVocabBlock;
-  const int64_t vocab_blocks = blocks(p.vocab, vocab_block);
-  int64_t chunk_size = kMaxChunk;
-  if (gradients && chunk_size * p.vocab > kChunkLogits) chunk_size = kChunkLogits / p.vocab;
-  if (chunk_size > kBlockM) chunk_size -= chunk_size % kBlockM;  // no small remainder for every block of the weight
-  if (chunk_size < kMinChunk) chunk_size = kMinChunk;
-  if (chunk_size > p.count) chunk_size = p.count;
-  const bool adjacent = p.count == 0 || p.tokens[p.count - 1] - p.tokens[0] == p.count - 1;
-
-  GemmWorkers workers(par.threads, kTokenBlock * kTileStride);
-  Scratch<float> tiles(gradients ? vocab_blocks * chunk_size * kTileStride : 0);
-  Scratch<float> stats(chunk_size * 3 * vocab_blocks);
-  Scratch<T> gathered(adjacent ? 0 : chunk_size * p.dim);
-  constexpr bool kDirect = sizeof(T) == sizeof(float);  // dweight is its own float sum
-  Scratch<float> dweight_sum(p.dweight && !kDirect ? p.vocab * p.dim : 0);
-  float* dweight = kDirect ? static_cast<float*>(p.dweight) : dweight_sum.data();
-
-  for (int64_t begin = 0; begin < p.count; begin += chunk_size) {
-    Chunk<T> chunk{
-        at_most(p.count - begin, chunk_size), p.tokens + begin, {}, gradients ? tiles.data() : nullptr, stats.data()};
-    const T* rows = static_cast<const T*>(p.hidden);
-    if (adjacent) {
-      chunk.hidden = {rows + chunk.tokens[0] * p.hidden_stride, p.hidden_stride, 1};
-    } else {
-      chunk.hidden = {gathered.data(), p.dim, 1};
-      for (int64_t i = 0; i < chunk.size; ++i)
-        __builtin_memcpy(gathered.data() + i * p.dim, rows + chunk.tokens[i] * p.hidden_stride, p.dim * sizeof(T));
-    }
-    scores(p, chunk, vocab_block, workers, par);
-    if (p.loss) losses(p, chunk, vocab_blocks, par);
-    if (!gradients) continue;
-
-    parallel_tasks(par, vocab_blocks, [&](int64_t block, int64_t worker) {
-      const int64_t word = block * vocab_block, words = at_most(p.vocab - word, vocab_block);
-      float* tile = chunk.tiles + block * chunk.size * kTileStride;
-      for (int64_t i = 0; i < chunk.size; ++i) {
-        const int64_t token = chunk.tokens[i];
-        const float dloss = p.dloss ? p.dloss[token] : p.dloss_of_all;
-        differentiate<G>(tile + i * kTileStride, words, p.targets[token] - word, RowGradient(p, dloss, p.lse[token]));
-      }
-      if (p.dweight)
-        gemm(words, p.dim, chunk.size, Matrix<G>{reinterpret_cast<const G*>(tile), 1, kGradientStride}, chunk.hidden,
-             dweight + word * p.dim, p.dim, begin > 0, workers.packing(worker));
-    });
-    if (!p.dhidden) continue;
-    const int64_t dim_blocks = blocks(p.dim, kDimBlock);
-    parallel_tasks(par, blocks(chunk.size, kBlockM) * dim_blocks, [&](int64_t task, int64_t worker) {
-      const int64_t first = task / dim_blocks * kBlockM, rows_here = at_most(chunk.size - first, kBlockM);
-      const int64_t column = task % dim_blocks * kDimBlock, columns = at_most(p.dim - column, kDimBlock);
-      float* sum = workers.tile(worker);
-      for (int64_t block = 0; block < vocab_blocks; ++block) {
-        const float* tile = chunk.tiles + (block * chunk.size + first) * kTileStride;
-        gemm(rows_here, columns, at_most(p.vocab - block * vocab_block, vocab_block),
-             Matrix<G>{reinterpret_cast<const G*>(tile), kGradientStride, 1},
-             Matrix<T>{weight + block * vocab_block * p.weight_stride + column, p.weight_stride, 1}, sum, columns,
-             block > 0, workers.packing(worker));
-      }
-      for (int64_t i = 0; i < rows_here; ++i)
-        store_row(static_cast<T*>(p.dhidden) + chunk.tokens[first + i] * p.dim + column, sum + i * columns, columns);
-    });
+  if (p.loss && (p.dhidden || p.dweight) && p.softcap > 0.f && p.label_smoothing != 0.f) {
+    // Exponentials times the derivative of the cap are not all that the gradients need then: lse goes first.
+    LinearCrossEntropyParams forward = p, backward = p;
+    forward.dhidden = forward.dweight = nullptr;
+    backward.loss = nullptr;
+    Sweep<T>(forward, par).run();
+    Sweep<T>(backward, par).run();
+    return;
   }
-  if (p.dweight && !kDirect && p.count > 0)
-    parallel_ranges(par, p.vocab, 1 + 16384 / p.dim, [&](int64_t begin, int64_t end) {
-      store_row(static_cast<T*>(p.dweight) + begin * p.dim, dweight + begin * p.dim, (end - begin) * p.dim);
-    });
+  Sweep<T>(p, par).run();
 }
 
 }  // namespace

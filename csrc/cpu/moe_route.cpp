@@ -23,11 +23,13 @@ float score_row(const T* logits, int64_t n, bool sigmoid_scores, float* scores) 
     }
     return reduce_sum(sum);
   }
-  float row_max = -__builtin_inff();
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = to_float(logits[i]);
-    row_max = x > row_max ? x : row_max;
-  }
+  const vf lowest = set1(-__builtin_inff());
+  vf largest = lowest;  // a NaN is passed over here, and found in the sum
+  for_row(n, [&](int64_t i, auto m) {
+    const vf x = load_n(logits + i, m);
+    largest = max(m < kLanes ? (iota() < static_cast<int32_t>(m) ? x : lowest) : x, largest);
+  });
+  const float row_max = reduce_max(largest);
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t m = n - i;
     vf e = exp(load_n(logits + i, m) - row_max);
@@ -62,10 +64,67 @@ bool among_best(const float* values, int64_t n, int64_t k, int64_t i) {
   return before < k;
 }
 
+// Up to this many experts are ranked by comparing each with each, in vectors and without a branch to mispredict; the
+// work grows with their square.
+constexpr int64_t kRankedExperts = 128;
+
+// order[r] = the expert of rank r, best first; of equals, the lower index comes first.
+void rank_experts(const float* choice, int64_t n, int32_t* order) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = n - i < kLanes ? n - i : kLanes;
+    const vf mine = load_n(choice + i, lanes);
+    vi rank{};  // how many come before; a true comparison is -1
+    for (int64_t j = 0; j < i; ++j) rank -= set1(choice[j]) >= mine;
+    for (int64_t j = 0; j < lanes; ++j) {
+      const vf c = set1(choice[i + j]);
+      rank -= (c > mine) | ((c == mine) & (set1_i(static_cast<int32_t>(j)) < iota()));
+    }
+    for (int64_t j = i + lanes; j < n; ++j) rank -= set1(choice[j]) > mine;
+    int32_t ranks[kLanes];
+    __builtin_memcpy(ranks, &rank, sizeof(ranks));
+    for (int64_t j = 0; j < lanes; ++j) order[ranks[j]] = static_cast<int32_t>(i + j);
+  }
+}
+
+// experts = the k best of n, best first, by insertion into the sorted list of the best so far, whose values are `best`.
+// Strict comparisons keep the lower index first among equals.
+void insert_experts(const float* choice, int64_t n, int64_t k, float* best, int32_t* experts) {
+  int64_t held = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float c = choice[i];
+    if (held == k && !(c > best[held - 1])) continue;
+    int64_t at = held < k ? held++ : held - 1;
+    for (; at > 0 && c > best[at - 1]; --at) {
+      best[at] = best[at - 1];
+      experts[at] = experts[at - 1];
+    }
+    best[at] = c;
+    experts[at] = static_cast<int32_t>(i);
+  }
+}
+
+// The scores by which experts are chosen: with the bias, and -inf in groups that are not among the best. In `buffer`,
+// where they are not the scores themselves.
+const float* choice_of(const MoeRouteParams& p, const float* scores, float* buffer, float* group_values) {
+  const int64_t n = p.num_experts, size = n / p.num_groups;
+  const bool limited = p.topk_groups < p.num_groups;
+  if (!p.bias && !limited) return scores;
+  for_row(n, [&](int64_t i, auto m) {
+    store_n(buffer + i, p.bias ? load_n(scores + i, m) + load_n(p.bias + i, m) : load_n(scores + i, m), m);
+  });
+  if (!limited) return buffer;
+  for (int64_t g = 0; g < p.num_groups; ++g)
+    group_values[g] = group_value(buffer, g * size, (g + 1) * size, p.group_top2);
+  for (int64_t g = 0; g < p.num_groups; ++g) {
+    if (among_best(group_values, p.num_groups, p.topk_groups, g)) continue;
+    for (int64_t i = g * size; i < (g + 1) * size; ++i) buffer[i] = -__builtin_inff();
+  }
+  return buffer;
+}
+
 template <class T>
 void forward(const MoeRouteParams& p, const Parallel& par) {
-  const int64_t n = p.num_experts, group_size = n / p.num_groups;
-  const bool limited = p.topk_groups < p.num_groups;
+  const int64_t n = p.num_experts;
   int64_t tasks = p.tokens * n / kGrainElements + 1;
   if (tasks > par.threads) tasks = par.threads;
   parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
@@ -81,29 +140,13 @@ void forward(const MoeRouteParams& p, const Parallel& par) {
         if (p.bad_token[worker] < 0) p.bad_token[worker] = t;
         return;
       }
-      const float* choice = scores;
-      if (p.bias) {
-        for (int64_t i = 0; i < n; ++i) biased[i] = scores[i] + p.bias[i];
-        choice = biased;
-      }
-      if (limited)
-        for (int64_t g = 0; g < p.num_groups; ++g)
-          group_values[g] = group_value(choice, g * group_size, (g + 1) * group_size, p.group_top2);
-      // Insertion into the sorted list of the best so far; strict comparisons keep the lower index first among equals.
-      int64_t held = 0;
-      for (int64_t g = 0; g < p.num_groups; ++g) {
-        if (limited && !among_best(group_values, p.num_groups, p.topk_groups, g)) continue;
-        for (int64_t i = g * group_size; i < (g + 1) * group_size; ++i) {
-          const float c = choice[i];
-          if (held == p.top_k && !(c > best[held - 1])) continue;
-          int64_t at = held < p.top_k ? held++ : held - 1;
-          for (; at > 0 && c > best[at - 1]; --at) {
-            best[at] = best[at - 1];
-            experts[at] = experts[at - 1];
-          }
-          best[at] = c;
-          experts[at] = static_cast<int32_t>(i);
-        }
+      const float* choice = choice_of(p, scores, biased, group_values);
+      if (n <= kRankedExperts) {
+        int32_t order[kRankedExperts];
+        rank_experts(choice, n, order);
+        __builtin_memcpy(experts, order, p.top_k * sizeof(int32_t));
+      } else {
+        insert_experts(choice, n, p.top_k, best, experts);
       }
       double sum = 0;
       for (int64_t j = 0; j < p.top_k; ++j) sum += scores[experts[j]];

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads) chunk(CrossEntropyChu
 template <class G, int Threads, int Size>
 Status start(const CrossEntropyChunkParams& p, const Device& device) {
   ErrorRecord* records = nullptr;
-  if (Status error = error_records(records)) return error;
+  if (Status error = error_records(device, records)) return error;
   constexpr int64_t kTeams = Threads / Size;
   const auto kernel = p.softcap > 0.f ? chunk<G, Threads, Size, true> : chunk<G, Threads, Size, false>;
   return launch(kernel, {(p.rows + kTeams - 1) / kTeams}, Threads, kSharedBytes<Threads, Size>, device, p, records);

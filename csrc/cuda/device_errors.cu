@@ -1,5 +1,9 @@
 #include "device_errors.cuh"
 
+#ifdef __CUDACC__
+#include <map>
+#endif
+
 namespace llmcore {
 namespace cuda {
 namespace {
@@ -25,14 +29,20 @@ __global__ void take(TakeDeviceErrorsParams p, ErrorRecord* records) {
 }  // namespace
 
 #ifdef __CUDACC__
-Status error_records(ErrorRecord*& records) {
-  void* address = nullptr;
-  if (Status error = text(cudaGetSymbolAddress(&address, all_records))) return error;
-  records = static_cast<ErrorRecord*>(address);
+// The runtime is asked once for each device and thread: the first question may load code, which a capture forbids.
+Status error_records(const Device& device, ErrorRecord*& records) {
+  static thread_local std::map<int, ErrorRecord*> known;
+  ErrorRecord*& address = known[device.index];
+  if (!address) {
+    void* found = nullptr;
+    if (Status error = text(cudaGetSymbolAddress(&found, all_records))) return error;
+    address = static_cast<ErrorRecord*>(found);
+  }
+  records = address;
   return nullptr;
 }
 #else
-Status error_records(ErrorRecord*& records) {
+Status error_records(const Device&, ErrorRecord*& records) {
   records = all_records;
   return nullptr;
 }
@@ -40,7 +50,7 @@ Status error_records(ErrorRecord*& records) {
 
 Status take_device_errors(const TakeDeviceErrorsParams& p, const Device& device) {
   ErrorRecord* records = nullptr;
-  if (Status error = error_records(records)) return error;
+  if (Status error = error_records(device, records)) return error;
   return launch(take, {}, static_cast<int>(TakeDeviceErrorsParams::kKinds), 0, device, p, records);
 }
 

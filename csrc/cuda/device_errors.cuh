@@ -6,8 +6,8 @@
 namespace llmcore {
 namespace cuda {
 
-// The records of the current device, one for each kind.
-Status error_records(ErrorRecord*& records);
+// The records of the device, which is the current one; one for each kind.
+Status error_records(const Device& device, ErrorRecord*& records);
 
 PTX_DEVICE int64_t cut(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 

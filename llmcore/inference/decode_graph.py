@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,18 +11,26 @@ from torch import Tensor
 from llmcore.inference.cache import PagedKVCache
 from llmcore.layers import CacheStep
 from llmcore.models import Transformer
-from llmcore.ops.registry import use_kernel
+from llmcore.ops.attention import CUDA_HEAD_DIM
+from llmcore.ops.registry import has_kernel
 
 # What a captured step must find a kernel for: references look at their inputs on the host.
-_STEP_OPS = ("paged_attention", "kv_cache_write")
+_STEP_OPS = ("paged_attention", "qk_norm_rope_cache_write")
 _MOE_OPS = ("moe_route", "grouped_glu", "grouped_gemm", "moe_combine")
 
 
 def can_capture(model: Transformer) -> bool:
-    """Whether a decode step of `model` can be captured: on a GPU whose kernels serve the model's dtype."""
+    """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size."""
     weight = model.lm_head_weight
     ops = _STEP_OPS + (_MOE_OPS if model.config.moe is not None else ())
-    return weight.is_cuda and all(use_kernel(op, weight) for op in ops)
+    return weight.is_cuda and model.config.head_dim <= CUDA_HEAD_DIM and all(has_kernel(op, weight) for op in ops)
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """To warm up and to capture on. torch's own stream for captures is on the device of the process's first one; and
+    for every stream that cuBLAS has seen it keeps a workspace, so there are no more of them than needed."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class DecodeGraph:
@@ -85,12 +94,12 @@ class DecodeGraph:
     def _capture(self) -> None:
         # Once without a graph, on a stream beside: libraries allocate and choose on their first call. It writes to the
         # cache what the replay will write again.
-        beside = torch.cuda.Stream()
+        beside, capturing = _streams(self._inputs.device)
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             self._run()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=capturing):
             self._logits = self._run()
         self._graph = graph

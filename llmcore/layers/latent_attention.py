@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.layers.attention import CacheStep
+from llmcore.layers.linear import Linear
 from llmcore.layers.norm import RMSNorm
 from llmcore.layers.rope import RotaryEmbedding
 
@@ -49,16 +50,16 @@ class LatentAttention(nn.Module):
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 if scale is None else scale
         q_dim = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
-        self.q = nn.Linear(dim, q_dim, bias=False) if q_lora_rank is None else None
+        self.q = Linear(dim, q_dim, bias=False) if q_lora_rank is None else None
         self.q_a = self.q_a_norm = self.q_b = None
         if q_lora_rank is not None:
-            self.q_a = nn.Linear(dim, q_lora_rank, bias=bias)
+            self.q_a = Linear(dim, q_lora_rank, bias=bias)
             self.q_a_norm = RMSNorm(q_lora_rank, _LATENT_EPS)
-            self.q_b = nn.Linear(q_lora_rank, q_dim, bias=False)
-        self.kv_a = nn.Linear(dim, kv_lora_rank + qk_rope_head_dim, bias=bias)
+            self.q_b = Linear(q_lora_rank, q_dim, bias=False)
+        self.kv_a = Linear(dim, kv_lora_rank + qk_rope_head_dim, bias=bias)
         self.kv_a_norm = RMSNorm(kv_lora_rank, _LATENT_EPS)
-        self.kv_b = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
-        self.out = nn.Linear(num_heads * v_head_dim, dim, bias=bias)
+        self.kv_b = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.out = Linear(num_heads * v_head_dim, dim, bias=bias)
 
     def forward(
         self,

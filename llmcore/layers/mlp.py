@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
+from llmcore.layers.linear import Linear
 
 GATED = ("swiglu", "geglu", "swiglu_oss")
 ACTIVATIONS = (*GATED, "gelu")
@@ -35,8 +36,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         check_gated(activation)
         self.activation = activation
-        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=bias)
-        self.down = nn.Linear(ffn_dim, dim, bias=bias)
+        self.gate_up = Linear(dim, 2 * ffn_dim, bias=bias)
+        self.down = Linear(ffn_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., dim). Gives (..., dim)."""
@@ -48,8 +49,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, ffn_dim, bias=bias)
-        self.down = nn.Linear(ffn_dim, dim, bias=bias)
+        self.up = Linear(dim, ffn_dim, bias=bias)
+        self.down = Linear(ffn_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., dim). Gives (..., dim)."""

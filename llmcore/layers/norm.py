@@ -23,8 +23,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x, residual: (..., dim). Gives norm(x); with a residual, the pair (norm(x + residual), x + residual)."""
-        weight = self.weight + 1 if self.unit_offset else self.weight
-        return ops.rms_norm(x, weight, self.eps, residual)
+        return ops.rms_norm(x, self.gain, self.eps, residual)
+
+    @property
+    def gain(self) -> Tensor:
+        """(dim,), what the normalised features are multiplied by."""
+        return self.weight + 1 if self.unit_offset else self.weight
 
 
 class LayerNorm(nn.Module):

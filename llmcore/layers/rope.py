@@ -51,6 +51,11 @@ class RotaryEmbedding(nn.Module):
         self.build_tables(self.cos.device)
         return self
 
+    def check_length(self, seq: int) -> None:
+        """A ValueError when positions 0 to seq - 1 are more than the tables hold."""
+        if seq > self.max_positions:
+            raise ValueError(f"{seq} positions; accepted: at most max_positions = {self.max_positions}")
+
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotates queries or keys.
 
@@ -62,6 +67,6 @@ class RotaryEmbedding(nn.Module):
         Raises:
             ValueError: when seq is more than max_positions. A position outside the tables is the op's error.
         """
-        if positions is None and x.shape[-3] > self.max_positions:
-            raise ValueError(f"{x.shape[-3]} positions; accepted: at most max_positions = {self.max_positions}")
+        if positions is None:
+            self.check_length(x.shape[-3])
         return ops.rope(x, self.cos, self.sin, positions, interleaved=self.interleaved)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmcore import ops
 from llmcore.layers import Attention, CacheStep, LatentAttention, MoE, MoEOutput, RotaryEmbedding, make_mlp, make_norm
 from llmcore.models.config import ModelConfig
 
@@ -99,7 +100,8 @@ class Block(nn.Module):
         """The two addends of the stream after a sublayer gave `branch`."""
         if self.placement in ("sandwich", "output"):
             branch = self.get_submodule(f"{name}_out_norm")(branch)
-        branch = F.dropout(branch, self.dropout, self.training)
+        if self.dropout and self.training:
+            branch = F.dropout(branch, self.dropout)
         if self.placement == "post":
             return self.get_submodule(f"{name}_norm")(branch, residual)[0], None
         return branch, residual
@@ -244,7 +246,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., dim) -> logits (..., vocab_size), in hidden's dtype."""
-        logits = F.linear(hidden, self.lm_head_weight)
+        logits = ops.linear(hidden, self.lm_head_weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -8,13 +8,17 @@ from llmcore.ops.device_errors import check_device_errors
 from llmcore.ops.dyt import dyt
 from llmcore.ops.global_norm import global_norm
 from llmcore.ops.glu import geglu, swiglu
+from llmcore.ops.glu_linear import glu_linear
 from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.grouped_glu import grouped_glu
 from llmcore.ops.kv_cache_write import kv_cache_write
 from llmcore.ops.layer_norm import layer_norm
+from llmcore.ops.linear import linear
 from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch, moe_sort
 from llmcore.ops.moe_route import Routing, moe_route
+from llmcore.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
+from llmcore.ops.recompute import recompute_activations
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
@@ -37,16 +41,21 @@ __all__ = [
     "explain",
     "geglu",
     "global_norm",
+    "glu_linear",
     "grouped_gemm",
     "grouped_glu",
     "kv_cache_write",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",
     "moe_route",
     "moe_sort",
     "paged_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_cache_write",
+    "recompute_activations",
     "registry",
     "rms_norm",
     "rope",

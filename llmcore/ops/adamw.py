@@ -106,7 +106,7 @@ class _Maker:
             [self.randn(s, grad_dtype) for s in shapes],
             [self.randn(s) * (step > 0) for s in shapes],
             [self.randn(s).square() * (step > 0) for s in shapes],
-            [torch.tensor(float(step), device=self.device) for _ in shapes],
+            [torch.tensor(float(step + i), device=self.device) for i in range(len(shapes))],
         )
 
 

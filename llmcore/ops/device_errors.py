@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmcore.ops.registry import _cuda_refusal
+from llmcore.ops.registry import cuda_refusal
 
 
 class Record(NamedTuple):
@@ -52,7 +52,7 @@ def check_device_errors(device: torch.device | str | int | None = None) -> None:
         RuntimeError: naming op, number of errors, the first one and what is accepted.
     """
     device = torch.device("cuda" if device is None else device)
-    if device.type == "cuda" and _cuda_refusal(device):
+    if device.type == "cuda" and cuda_refusal(device):
         return  # no kernel of this build has run there
     records = torch.empty(len(MESSAGES), 6, dtype=torch.int64, device=device)
     torch.ops.llmcore.take_device_errors_(records)

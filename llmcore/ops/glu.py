@@ -70,7 +70,10 @@ def _(dy, gate, up, approximate):
 
 
 def _save(ctx, inputs, output):
-    gate, up, *ctx.approximate = inputs
+    gate, up, *approximate = inputs
+    op = torch.ops.llmcore.geglu if approximate else torch.ops.llmcore.swiglu
+    ctx.approximate = approximate
+    ctx.recompute = lambda ctx: op(*ctx.saved_tensors, *approximate)
     ctx.save_for_backward(gate, up)
 
 

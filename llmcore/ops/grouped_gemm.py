@@ -91,10 +91,12 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
     for rows, n, k in (
         ([1], 1, 1),
-        ([0, 1, 2, 3, 4, 5, 0], 9, 7),  # the direct path, its edge, and experts without rows
+        ([0, 1, 2, 3, 4, 5, 0], 9, 7),  # experts without rows
         ([4, 0, 3, 2, 1], 259, 111),
         ([6, 13, 31], 59, 40),
         ([250, 5, 1], 270, 33),
+        ([8, 9, 17, 33], 40, 72),  # beside the edges between the paths for few rows and for many
+        ([32, 7], 70, 420),
         ([0, 0, 150, 0], 72, 136),
         ([1] * 35, 24, 72),
     ):

@@ -121,8 +121,20 @@ def _save_gradients(ctx, inputs, output):
 
 @once_differentiable  # the saved gradients are constants to autograd: second derivatives must fail, not come out wrong
 def _scale_gradients(ctx, dloss, *_):
-    gradients = (g * dloss if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needed))
+    scale = _scaled if _may_overwrite(dloss) else torch.mul
+    gradients = (scale(g, dloss) if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needed))
     return *gradients, None, None, None, None, None, None, None, None
+
+
+def _may_overwrite(dloss: Tensor) -> bool:
+    """Whether the saved gradients are not asked for again: their memory is that of a weight, and a copy of it costs."""
+    eager = type(dloss) is Tensor and not torch.compiler.is_compiling()
+    return eager and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    # On a CPU the factor can be looked at, and it is 1 unless the loss is only a part of what is differentiated.
+    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
 
 
 torch.library.register_autograd("llmcore::linear_cross_entropy", _backward, setup_context=_save)

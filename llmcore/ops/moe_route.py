@@ -146,6 +146,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("negative biased scores", (logits(6, 8), 3), {"bias": bias(8) - 5, "num_groups": 4, "topk_groups": 2})
     yield Sample("ties", (torch.tensor([[1.0, 3, 3, 1, 3, 1, 1, 1]] * 3).to(device, dtype), 5), {}, ())
     yield Sample("tied groups", (torch.zeros(3, 12).to(device, dtype), 3), {"num_groups": 4, "topk_groups": 2}, ())
+    yield Sample("ties across vectors", (torch.zeros(2, 40).to(device, dtype), 37), {}, ())
     masked = logits(4, 10)
     masked[:, 3:] = float("-inf")
     yield Sample("masked experts", (masked, 5), {}, ())

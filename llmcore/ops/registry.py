@@ -66,7 +66,7 @@ class OpSpec:
         features: what the op does, in a few words each, for the support matrix.
         samples: (dtype, device) -> the calls on which kernel and reference are compared: odd shapes, strided views,
             empty inputs and poison among them. Small: the whole registry is checked in a few minutes.
-        benchmarks: () -> labelled larger calls for `bench/`, or None when the op is not worth timing.
+        benchmarks: (dtype, device) -> labelled larger calls for `bench/`, or None when the op is not worth timing.
         peer: torch's own way to the same result, called as the op is, or None. One that draws at random has a function
             `check(sample, outputs)` that gives what is wrong with its outputs, or "".
         flops: sample -> floating-point operations of the forward pass; None for memory-bound ops.
@@ -160,10 +160,10 @@ def _kernel_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str 
         return f"there is no {device.type} kernel of {name}; kernels: {', '.join(spec.dtypes)}"
     if dtype not in served:
         return f"the {device.type} kernel of {name} serves {', '.join(map(_short, served))}, not {_short(dtype)}"
-    return _cuda_refusal(device) if device.type == "cuda" else None
+    return cuda_refusal(device) if device.type == "cuda" else None
 
 
-def _cuda_refusal(device: torch.device) -> str | None:
+def cuda_refusal(device: torch.device) -> str | None:
     """None when this build holds CUDA kernels that run on `device`, else why not and what to do."""
     from llmcore import _C
 
@@ -206,6 +206,11 @@ def use_kernel(name: str, x: Tensor) -> bool:
             warnings.warn(f"{refusal}; using the reference", BackendFallbackWarning, stacklevel=3)
         served = _decisions[key] = refusal is None
     return served
+
+
+def has_kernel(name: str, x: Tensor) -> bool:
+    """What `use_kernel` will say of such a call, for who plans ahead: without a warning, nor an error."""
+    return _override != "reference" and _kernel_refusal(name, x.device, x.dtype) is None
 
 
 def fall_back(refusal: str) -> None:

@@ -200,6 +200,8 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("top-k cuts ties", (ties,), {"top_k": 37, **draws(6)})
     yield Sample("top-p cuts ties", (ties,), {"top_p": 0.61, **draws(6)})
     yield Sample("top-k and top-p cut ties", (torch.zeros_like(ties),), {"top_k": 150, "top_p": 0.5, **draws(6)})
+    below_0 = {"temperature": 0.01, "top_p": 0.5, **draws(6)}
+    yield Sample("top-p cuts ties below 0", (torch.full_like(ties, -3),), below_0)
     yield Sample("all at their extremes", (randn(8, 130),), {"top_k": 1, "top_p": 1e-9, "min_p": 1.0, **draws(8)})
     yield Sample("tiny temperature", (randn(4, 90),), {"temperature": 1e-9, **draws(4)})
     yield Sample("huge temperature", (randn(4, 90),), {"temperature": 1e30, "top_p": 0.5, **draws(4)})
@@ -243,7 +245,7 @@ def _penalty_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
-    rows = 128 if device == "cuda" else 8
+    rows = 8
     logits = (torch.randn(rows, 131072, generator=torch.Generator().manual_seed(0)) * 2).to(device, dtype)
     settings = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.0}
     settings = {k: torch.full((rows,), v, device=device) for k, v in settings.items()}
@@ -255,7 +257,7 @@ def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def _penalty_benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     make = torch.Generator().manual_seed(0)
-    rows = 128 if device == "cuda" else 8
+    rows = 8
     logits = torch.randn(rows, 131072, generator=make).to(device, dtype)
     tokens = torch.randint(0, 131072, (rows, 2048), generator=make).to(device)
     lens, one = torch.full((rows,), 1024, device=device), torch.ones(rows, device=device)
@@ -269,7 +271,7 @@ def _peer(logits: Tensor, *, temperature=1.0, top_k=None, top_p=None, min_p=None
     x = logits.float() / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
     if top_k is None:
         return (x.softmax(-1) / torch.empty_like(x).exponential_()).argmax(-1)
-    ranked, ids = x.sort(dim=-1, descending=True)
+    ranked, ids = x.sort(dim=-1, descending=True, stable=True)  # of equal logits the lower ids go first, as in `sample`
     rank = torch.arange(x.shape[1], device=x.device)
     ranked = ranked.masked_fill(rank >= top_k[:, None], -torch.inf)
     p = ranked.softmax(-1)

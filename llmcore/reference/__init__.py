@@ -5,12 +5,14 @@ written to be read; speed is not their business.
 """
 
 from llmcore.reference.attention import attention, paged_attention
-from llmcore.reference.glu import geglu, swiglu
+from llmcore.reference.glu import geglu, glu_linear, swiglu
 from llmcore.reference.kv_cache import LARGEST_ELEMENT, kv_cache_write, quantise
+from llmcore.reference.linear import linear
 from llmcore.reference.losses import linear_cross_entropy
 from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_dispatch, moe_route, moe_sort
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.optim import adamw_, global_norm
+from llmcore.reference.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
 from llmcore.reference.rope import rope, rope_
 from llmcore.reference.sampling import apply_penalties_, sample, sampling_probabilities
 
@@ -22,16 +24,20 @@ __all__ = [
     "dyt",
     "geglu",
     "global_norm",
+    "glu_linear",
     "grouped_gemm",
     "grouped_glu",
     "kv_cache_write",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",
     "moe_route",
     "moe_sort",
     "paged_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_cache_write",
     "quantise",
     "rms_norm",
     "rope",

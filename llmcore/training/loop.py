@@ -245,18 +245,19 @@ class Trainer:
             self.optimizer.zero_grad()
             values = f"loss {means['nll']:g}, gradient norm {norm:g}"
             raise NonFiniteError(self._stopped(self.step + 1, f"the loss or the gradient is not finite ({values})"))
-        self.optimizer.step(lr, gradient_norm)
-        self.step += 1
-        self.tokens += tokens
         result = {"loss": means.pop("nll"), **means, "lr": lr, "grad_norm": norm}
         if (load := metrics.get("expert_load")) is not None:
+            # per layer: the fullest expert, and the emptiest, which shows one that no token reaches; read here, where
+            # the device has nothing left to do that the host would wait for
+            share = load.float() / load.float().mean(-1, keepdim=True)
+            result["expert_load_max_over_mean"] = share.amax(-1).tolist()
+            result["expert_load_min_over_mean"] = share.amin(-1).tolist()
+        self.optimizer.step(lr, gradient_norm)
+        if load is not None and hasattr(self.model, "update_expert_bias"):
             # once per optimizer step, from the load of all its micro-batches (arXiv 2408.15664)
-            if hasattr(self.model, "update_expert_bias"):
-                self.model.update_expert_bias(load)
-            load = load.float()
-            # per layer: the fullest expert, and the emptiest, which shows one that no token reaches
-            result["expert_load_max_over_mean"] = (load.amax(-1) / load.mean(-1)).tolist()
-            result["expert_load_min_over_mean"] = (load.amin(-1) / load.mean(-1)).tolist()
+            self.model.update_expert_bias(load)
+        self.step += 1
+        self.tokens += tokens
         rate = tokens / (time.perf_counter() - started)
         smooth = 0.9 if self._tokens_per_second else 0.0
         self._tokens_per_second = smooth * self._tokens_per_second + (1 - smooth) * rate

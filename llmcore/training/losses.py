@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcore.ops import linear_cross_entropy
+from llmcore.ops import linear_cross_entropy, recompute_activations
 
 
 @dataclass
@@ -38,7 +38,9 @@ def next_token_loss(model: nn.Module, batch: Any) -> Loss:
     ``cu_seqlens`` (documents + 1,), ``max_seqlen`` and ``num_targets``. The logits are never held whole. The
     auxiliary loss is a mean over the micro-batch, so it enters multiplied by ``num_targets``.
     """
-    output = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+    where = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+    with recompute_activations():
+        output = model(batch.tokens, **where)
     total = linear_cross_entropy(
         output.hidden,
         model.lm_head_weight,

@@ -45,6 +45,17 @@ def test_the_captured_step_gives_the_same_logits(preset):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_step_is_captured_on_the_model_s_device():
+    """Also where the process has captured on another device before."""
+    logits = []
+    for device in ("cuda:0", "cuda:1"):
+        model = make(PRESETS["llama"]("tiny"), torch.bfloat16).eval().to(device)
+        logits.append([x.cpu() for x in decode(model, [4, 3, 1], True)])
+    for got, want in zip(*logits):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.filterwarnings("ignore::llmcore.ops.BackendFallbackWarning")
 def test_generates_what_the_cpu_generates():
     model = make(PRESETS["llama"]("tiny"))

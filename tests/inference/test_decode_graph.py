@@ -3,10 +3,12 @@ it."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from llmcore.inference import PagedKVCache
+from llmcore.inference import PagedKVCache, decode_graph
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
 from tests.inference.test_generate import CONFIGS, PROMPTS, make
 
@@ -49,3 +51,19 @@ def test_refuses_more_than_it_was_made_for():
 
 def test_is_for_gpus():
     assert not can_capture(make(CONFIGS["mqa"]))
+
+
+def test_needs_kernels_for_every_op_of_the_step(monkeypatch):
+    """References look at their inputs on the host, which a capture does not allow."""
+
+    def capturable(moe=None, head_dim=64, without=None):
+        monkeypatch.setattr(decode_graph, "has_kernel", lambda op, weight: op != without)
+        config = SimpleNamespace(moe=moe, head_dim=head_dim)
+        return can_capture(SimpleNamespace(lm_head_weight=SimpleNamespace(is_cuda=True), config=config))
+
+    assert capturable(head_dim=576)
+    assert capturable(moe="some")
+    assert capturable(without="moe_route")
+    assert not capturable(head_dim=640)  # attention takes its reference
+    assert not capturable(without="paged_attention")
+    assert not capturable(moe="some", without="moe_route")

@@ -11,7 +11,7 @@ import torch
 
 import llmcore
 from llmcore import ops
-from llmcore.ops.registry import _decisions, _kernel_refusal
+from llmcore.ops.registry import _decisions, _kernel_refusal, has_kernel
 
 
 def test_backend_override_and_explanation():
@@ -27,6 +27,26 @@ def test_backend_override_and_explanation():
         llmcore.backend("fast"),
     ):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the library has another name there")
+def test_the_bindings_find_functions_of_libraries_that_they_are_not_linked_with():
+    """As current_stream finds torch's CUDA streams (csrc/bindings/common.cpp): Python loads torch outside the global
+    scope, where neither libtorch_cuda nor this library of its Python side can be found without their names."""
+    assert llmcore._C.has_loaded_symbol("libtorch_python.so", "initModule")
+    assert not llmcore._C.has_loaded_symbol("libtorch_python.so", "no_such_function")
+    assert not llmcore._C.has_loaded_symbol("no_such_library.so", "initModule")  # or the test above would prove nothing
+
+
+def test_has_kernel_plans_without_a_warning(recwarn):
+    x = torch.randn(2, 8)
+    assert has_kernel("rms_norm", x)
+    assert not has_kernel("rms_norm", x.to("meta"))
+    with llmcore.backend("kernel"):
+        assert not has_kernel("rms_norm", x.double())
+    with llmcore.backend("reference"):
+        assert not has_kernel("rms_norm", x)
+    assert not recwarn.list
 
 
 def test_kernel_backend_refuses_what_no_kernel_serves():

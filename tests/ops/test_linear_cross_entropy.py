@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy, linear
 
 import llmcore
 from llmcore import ops
-from llmcore.ops import linear_cross_entropy_cuda
+from llmcore.ops import Sample, linear_cross_entropy_cuda
 from llmcore.ops.registry import FLOATS
-from tests.simt.emulation import linear_cross_entropy_as_on_cuda
+from tests.simt.emulation import composed_as_on_cuda
 
 from .checks import check_sample
 from .test_registry import ISAS
@@ -91,6 +91,26 @@ def test_both_paths_give_the_same_loss_and_gradients():
         torch.testing.assert_close(a, b)
 
 
+def test_a_graph_can_be_gone_through_twice():
+    """The gradients lie in the graph: going through it must leave them as they are where it is kept."""
+    for factor in (1.0, 0.25):
+        hidden, weight, targets = example()
+        loss = factor * ops.linear_cross_entropy(hidden, weight, targets)
+        loss.backward(retain_graph=True)
+        once = hidden.grad.clone(), weight.grad.clone()
+        loss.backward()
+        for leaf, gradient in zip((hidden, weight), once):
+            torch.testing.assert_close(leaf.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_many_chunks_of_a_large_vocabulary(dtype):
+    """Small vocabularies have smaller chunks; the sum over chunks is kept in three bytes where it is of bf16."""
+    spec = ops.registry["linear_cross_entropy"]
+    hidden, weight, targets = (t.detach() for t in example(tokens=2100, dim=20, vocab=16_500))
+    check_sample(spec, Sample("chunks", (hidden.to(dtype), (weight / 4).to(dtype), targets), {}, (0, 1)))
+
+
 def test_only_the_gradient_that_is_needed():
     hidden, weight, targets = example()
     for reduction in ("mean", "none"):
@@ -131,7 +151,7 @@ def test_the_cuda_side_on_the_cpu_s_kernel(dtype, isa, monkeypatch):
     """Its chunks and products, with the CPU twin of its kernel (tests/simt runs the CUDA kernel itself)."""
     monkeypatch.setattr(linear_cross_entropy_cuda, "CHUNK_BYTES", 0)
     monkeypatch.setattr(linear_cross_entropy_cuda, "MIN_CHUNK", 13)
-    with linear_cross_entropy_as_on_cuda(), llmcore.backend("kernel"):
+    with composed_as_on_cuda(), llmcore.backend("kernel"):
         for sample in ops.registry["linear_cross_entropy"].samples(dtype, "cpu"):
             check_sample(ops.registry["linear_cross_entropy"], sample)
         hidden, weight, targets = example()

@@ -15,10 +15,12 @@
 #include "llmcore/glu.h"
 #include "llmcore/grouped_gemm.h"
 #include "llmcore/kv_cache_write.h"
+#include "llmcore/linear.h"
 #include "llmcore/linear_cross_entropy.h"
 #include "llmcore/moe_permute.h"
 #include "llmcore/moe_route.h"
 #include "llmcore/norm.h"
+#include "llmcore/qk_norm_rope.h"
 #include "llmcore/rope.h"
 #include "llmcore/sample.h"
 
@@ -77,7 +79,10 @@ ON_THE_EMULATOR(dyt_backward, DytBackwardParams)
 ON_THE_EMULATOR(kv_cache_write, KvCacheWriteParams)
 ON_THE_EMULATOR(layer_norm_forward, NormParams)
 ON_THE_EMULATOR(layer_norm_backward, NormBackwardParams)
+WITHOUT_CUDA_KERNEL(linear, LinearParams)
 WITHOUT_CUDA_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
+WITHOUT_CUDA_KERNEL(qk_norm_rope, QkNormRopeParams)
+WITHOUT_CUDA_KERNEL(qk_norm_rope_backward, QkNormRopeBackwardParams)
 ON_THE_EMULATOR(moe_scatter, MoeScatterParams)
 ON_THE_EMULATOR(moe_gather, MoeGatherParams)
 ON_THE_EMULATOR(moe_route_backward, MoeRouteBackwardParams)

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import llmcore
-from llmcore.ops import linear_cross_entropy_cuda
+from llmcore.ops import linear_cross_entropy_cuda, qk_norm_rope_cuda
 
 # (schedule, copies): the least and the most orderly, and one that runs some warps far ahead
 MODES = [("round_robin", "late"), ("priorities", "early"), ("random", "random")]
 
 
 @contextmanager
-def linear_cross_entropy_as_on_cuda():
-    """In the block, CPU tensors take this op's CUDA side too, which is Python around a kernel."""
+def composed_as_on_cuda():
+    """In the block, CPU tensors take the CUDA side also of those ops where it is Python around kernels."""
     library = torch.library.Library("llmcore", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        for name, function in linear_cross_entropy_cuda.IMPLEMENTATIONS.items():
+        for name, function in (linear_cross_entropy_cuda.IMPLEMENTATIONS | qk_norm_rope_cuda.IMPLEMENTATIONS).items():
             library.impl(name, function, "CPU", allow_override=True)
     try:
         yield
@@ -38,7 +38,7 @@ def emulator(schedule: str = "round_robin", copies: str = "late", seed: int = 1,
     llmcore._C.set_cpu_isa("cuda_emulated")
     llmcore._C.emulator_options(schedule, copies, seed, **options)
     try:
-        with linear_cross_entropy_as_on_cuda():
+        with composed_as_on_cuda():
             yield
     finally:
         llmcore._C.emulator_options("round_robin", "late", 1)
