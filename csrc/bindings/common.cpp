@@ -204,6 +204,10 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::opti
   return new_empty(like, shape.begin(), static_cast<int64_t>(shape.size()), dtype);
 }
 
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype) {
+  return new_empty(like, shape.data(), static_cast<int64_t>(shape.size()), dtype);
+}
+
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
   return torch::stable::new_zeros(like, {shape.begin(), shape.size()}, dtype);
 }
@@ -211,7 +215,7 @@ Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::opti
 Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype) {
   std::vector<int64_t> shape(like.dim());
   for (int64_t i = 0; i < like.dim(); ++i) shape[i] = like.size(i);
-  return new_empty(like, shape.data(), like.dim(), dtype);
+  return empty(like, shape, dtype);
 }
 
 Tensor sum_partials(const Tensor& partials, ScalarType dtype) {

@@ -89,6 +89,7 @@ Rows as_rows(const Tensor& t);
 
 // A new tensor on `like`'s device.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = std::nullopt);
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype = std::nullopt);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = std::nullopt);
 Tensor empty_same_shape(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt);  // contiguous
 

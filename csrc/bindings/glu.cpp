@@ -65,43 +65,10 @@ std::tuple<Tensor, Tensor> geglu_backward(const Tensor& dy, const Tensor& gate, 
   return glu_backward(dy, gate, up, gelu_form(approximate), "geglu_backward");
 }
 
-// gate_up holds gate and up side by side, and dgate_up their gradients: nothing is put together afterwards. act(gate) *
-// up, which the weight's gradient needs, is computed once more.
-std::tuple<Tensor, Tensor> glu_linear_backward(const Tensor& dact, const Tensor& gate_up,
-                                               const std::string& activation) {
-  const DType dtype = float_dtype(gate_up, "glu_linear_backward: gate_up");
-  const bool silu = activation == "swiglu";
-  LLMCORE_CHECK(silu || activation == "geglu", "glu_linear_backward: activation is '", activation,
-                "'; accepted: 'swiglu', 'geglu'");
-  const Activation act = silu ? Activation::silu : Activation::gelu_tanh;
-  const Rows rows = as_rows(gate_up);
-  LLMCORE_CHECK(rows.dim % 2 == 0, "glu_linear_backward: gate_up has shape ", shape_text(gate_up),
-                "; the last dimension must be two halves");
-  check_same_dtype(dact, gate_up, "glu_linear_backward: dact", "gate_up");
-  check_device(dact, gate_up, "glu_linear_backward: dact");
-  const Rows d = as_rows(dact);
-  const int64_t dim = rows.dim / 2;
-  LLMCORE_CHECK(d.dim == dim && d.rows == rows.rows, "glu_linear_backward: dact has shape ", shape_text(dact),
-                ", but gate_up has ", shape_text(gate_up));
-  Tensor y = empty_same_shape(dact), dgate_up = empty_same_shape(gate_up);
-  if (dim == 0) return {y, dgate_up};
-  const int64_t half = dim * (dtype == DType::f32 ? 4 : 2);  // bytes
-  const char* gate = static_cast<const char*>(rows.tensor.const_data_ptr());
-  char* dgate = static_cast<char*>(dgate_up.mutable_data_ptr());
-  GluParams forward{dtype, act, rows.rows, dim, gate, rows.stride, gate + half, rows.stride, y.mutable_data_ptr()};
-  LLMCORE_RUN(glu_forward, gate_up, forward);
-  GluBackwardParams backward{dtype,    act,          rows.rows,   dim,         d.tensor.const_data_ptr(),
-                             d.stride, gate,         rows.stride, gate + half, rows.stride,
-                             dgate,    dgate + half, 2 * dim};
-  LLMCORE_RUN(glu_backward, gate_up, backward);
-  return {y, dgate_up};
-}
-
 template <class Library>
 void register_kernels(Library& m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
-  m.impl("glu_linear_backward", TORCH_BOX(&glu_linear_backward));
   m.impl("geglu", TORCH_BOX(&geglu));
   m.impl("geglu_backward", TORCH_BOX(&geglu_backward));
 }

@@ -21,7 +21,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
   if (bias) check_like(*bias, x, {n}, "linear: bias", "x");
   const Rows x_rows = as_rows(x), w = as_rows(weight);
   const OptTensor b = bias ? OptTensor(dense(*bias)) : std::nullopt;
-  Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()});
+  Tensor y = empty(x, shape);
   const LinearParams p{dtype,
                        rows,
                        n,

@@ -81,7 +81,6 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
       "(Tensor dx, Tensor dalpha, Tensor dweight, Tensor dbias)");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
-  m.def("glu_linear_backward(Tensor dact, Tensor gate_up, str activation) -> (Tensor act, Tensor dgate_up)");
   m.def("geglu(Tensor gate, Tensor up, str approximate) -> Tensor");
   m.def("geglu_backward(Tensor dy, Tensor gate, Tensor up, str approximate) -> (Tensor dgate, Tensor dup)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor");

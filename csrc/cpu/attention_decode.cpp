@@ -27,34 +27,6 @@ constexpr int64_t kMaxRanges = 16;        // of a sequence
 constexpr int kMaxRowBlock = kLanes / 4;
 static_assert(kTile % kPanel == 0, "tile size");
 
-// Lane i of the result is the sum of v[i]'s lanes.
-LLMCORE_INLINE vf sum_each(vf (&v)[kLanes]) {
-#if defined(__AVX512F__)
-  // Vectors meet in pairs, within 128 bits first: each round adds two shuffles of a pair and leaves half as many.
-  __m512 a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
-    a[i] = _mm512_maskz_unpacklo_ps(0xffff, x, y) + _mm512_maskz_unpackhi_ps(0xffff, x, y);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512d x = (__m512d)a[2 * i], y = (__m512d)a[2 * i + 1];
-    b[i] = (__m512)_mm512_maskz_unpacklo_pd(0xff, x, y) + (__m512)_mm512_maskz_unpackhi_pd(0xff, x, y);
-  }
-  for (int i = 0; i < 2; ++i)
-    c[i] = _mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0x88) +
-           _mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0xdd);
-  return (vf)(_mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0x88) +
-              _mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0xdd));
-#else
-  vu rows[kLanes];
-  for (int i = 0; i < kLanes; ++i) rows[i] = bit_cast<vu>(v[i]);
-  transpose(rows);
-  for (int w = kLanes / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) rows[i] = bit_cast<vu>(bit_cast<vf>(rows[i]) + bit_cast<vf>(rows[i + w]));
-  return bit_cast<vf>(rows[0]);
-#endif
-}
-
 // Elements are widened to float.
 template <class T>
 struct FloatMath {
@@ -273,6 +245,7 @@ class Decode {
     Scratch<float> scores;                    // (heads, padded rows, kTile)
     Scratch<bf16> weights;                    // the same, for Bf16Math
     const Elem *k[2 * kTile], *v[2 * kTile];  // rows of head 0: the tile's, and those asked for ahead
+    Scratch<TileView> views;                  // (heads): what of the tile their rows see
     int64_t slot[kTile];
     float k_scale[kTile], v_scale[kTile];
 
@@ -280,7 +253,8 @@ class Decode {
         : q(heads * padded(d.max_rows_) * d.q_stride_),
           parts(heads * d.part_size_),
           scores(heads * padded(d.max_rows_) * kTile),
-          weights(Math::kKeysAtOnce == 2 ? heads * padded(d.max_rows_) * kTile : 0) {
+          weights(Math::kKeysAtOnce == 2 ? heads * padded(d.max_rows_) * kTile : 0),
+          views(heads) {
       __builtin_memset(static_cast<void*>(q.data()), 0, heads * padded(d.max_rows_) * d.q_stride_ * sizeof(Query));
     }
   };
@@ -348,25 +322,39 @@ class Decode {
     const auto each_head = [&](const auto& f) {
       for (t.kv_head = range.head0; t.kv_head < range.head1; ++t.kv_head) f();
     };
+    const auto each_seeing_head = [&](const auto& f) {
+      each_head([&] {
+        if (x.views.data()[index()].end > 0) f();
+      });
+    };
     const auto scores = [&] { return x.scores.data() + index() * rows * kTile; };
     each_head([&] { begin(t, x.q.data() + index() * rows * q_stride_, result(), range.index == 0); });
     const int64_t k_span = span(range, p_.shape.head_dim), v_span = span(range, p_.shape.v_head_dim);
     for (int64_t key0 = range.first; key0 <= range.last; key0 += kTile) {
       const int64_t count = min64(kTile, range.last - key0 + 1);
-      const TileView view = view_tile(p_.mask, t, group_, 0, t.rows, key0, count);  // block masks may differ by head
-      if (view.end == 0 && !p_.mask.block_mask) continue;
+      bool any = false;
+      each_head([&] {
+        TileView& view = x.views.data()[index()];  // block masks may differ by head, all else does not
+        view =
+            index() && !p_.mask.block_mask ? x.views.data()[0] : view_tile(p_.mask, t, group_, 0, t.rows, key0, count);
+        any |= view.end > 0;
+      });
+      if (!any) continue;
       locate(range, next, key0, count, x);
       for (int64_t key = 0; key < count; key += k_span)
-        each_head([&] {
+        each_seeing_head([&] {
           with_row_block(t.rows, [&](auto R) {
             RowBlock<Math, R>::dots(t.rows, x.q.data() + index() * rows * q_stride_, q_stride_, {x.k, k_span}, key,
                                     min64(k_span, count - key), t.kv_head * p_.k_strides.head, p_.shape.head_dim,
                                     scores());
           });
         });
-      each_head([&] { softmax(t, x, key0, count, scores(), x.weights.data() + index() * rows * kTile, result()); });
+      each_seeing_head([&] {
+        softmax(t, x, key0, count, x.views.data()[index()], scores(), x.weights.data() + index() * rows * kTile,
+                result());
+      });
       for (int64_t key = 0; key < count; key += v_span)
-        each_head([&] {
+        each_seeing_head([&] {
           const void* weights = scores();
           if constexpr (Math::kKeysAtOnce == 2) weights = x.weights.data() + index() * rows * kTile;
           with_row_block(t.rows, [&](auto R) {
@@ -436,9 +424,8 @@ class Decode {
   }
 
   // Scores of one head's tile -> weights of its values, in place and, for pairs of bf16, in `pairs`.
-  void softmax(const Task& t, Worker& x, int64_t key0, int64_t count, float* scores, bf16* pairs,
+  void softmax(const Task& t, Worker& x, int64_t key0, int64_t count, const TileView& view, float* scores, bf16* pairs,
                const Part& to) const {
-    const TileView view = view_tile(p_.mask, t, group_, 0, t.rows, key0, count);
     const int64_t end = round_up(count, kPanel);
     if (p_.k_scale)
       for (int64_t i = 0; i < kTile; ++i) {
@@ -450,12 +437,9 @@ class Decode {
       if (p_.k_scale)
         for (int64_t c = 0; c < end; c += kLanes) store(line + c, load(line + c) * load(x.k_scale + c));
       ready_scores(p_.mask, 0, end, line);
-      const TileView all{0, count, true};
-      if (view.end == 0)
-        for (int64_t c = 0; c < end; ++c) line[c] = kNegInf;
-      else if (view.partial || view.begin > 0 || view.end < count)
-        mask_scores(p_.mask, t, group_, r, key0, all, line);
-      softmax_row(end, line, to.highest[r], to.totals + r * kLanes, to.acc + r * width_);
+      if (view.partial || view.begin > 0 || view.end < count)
+        mask_scores(p_.mask, t, group_, r, key0, TileView{0, count, true}, line);
+      weigh_row(end, line, to.highest[r], to.totals + r * kLanes, to.acc + r * width_);
       if (p_.v_scale)
         for (int64_t c = 0; c < end; c += kLanes) store(line + c, load(line + c) * load(x.v_scale + c));
       if constexpr (Math::kKeysAtOnce == 2)
@@ -464,8 +448,8 @@ class Decode {
   }
 
   // Scores of a row -> weights relative to the row's maximum, an exponent of 2, in place. The maximum is looked for
-  // across lanes only where it grows, and `totals` keeps a sum in each lane: a tile is too short for more.
-  LLMCORE_INLINE void softmax_row(int64_t end, float* s, float& highest, float* totals, float* acc) const {
+  // across lanes only where it grows, and `totals` keeps a sum in each lane.
+  LLMCORE_INLINE void weigh_row(int64_t end, float* s, float& highest, float* totals, float* acc) const {
     const float factor = exponent_factor(p_.mask);
     vf top = load(s);
     for (int64_t c = kLanes; c < end; c += kLanes) top = max(load(s + c), top);

@@ -98,18 +98,6 @@ class PackedRows {
   Scratch<X> data_;
 };
 
-// Lane i of the result is the sum of v[i]'s lanes: kLanes horizontal sums for the price of two. Each round adds the
-// halves of two vectors, interleaved.
-LLMCORE_INLINE vf sums_of(vf (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) {
-      const vu a = bit_cast<vu>(v[i]), b = bit_cast<vu>(v[i + half]);
-      v[i] = bit_cast<vf>(zip<0>(a, b)) + bit_cast<vf>(zip<1>(a, b));
-    }
-  return v[0];
-}
-
 // One vector along k of a register tile.
 template <class Op, int R, int W, class Vector>
 LLMCORE_INLINE void few_step(vf (&acc)[R][W], const typename Op::X* x, const Vector (&w)[W]) {
@@ -165,7 +153,7 @@ LLMCORE_NOINLINE void store_sums(int64_t rows, int64_t n, const vf* sums, const 
     vf v[kLanes];
 #pragma GCC unroll 16
     for (int l = 0; l < kLanes; ++l) v[l] = sums[i + l];
-    store(out + i, sums_of(v) + load(added + i % kPeriod));
+    store(out + i, sum_each(v) + load(added + i % kPeriod));
   }
   for (int64_t r = 0; r < rows; ++r)
     if (n == kGroup)

@@ -322,8 +322,8 @@ int64_t moe_route_forward_workspace(const MoeRouteParams& p, const Device& devic
 
 Status moe_route_forward(const MoeRouteParams& p, const Device& device) {
   // What a warp counts its tokens with, 32 bits, also holds where it would go on behind the last one.
-  if (p.tokens > INT32_MAX - 2 * kWarps - device.multiprocessors)
-    return "moe_route: so many tokens have no CUDA kernel";
+  constexpr int64_t kMaxTokens = INT32_MAX - 65536;
+  if (p.tokens > kMaxTokens) return "moe_route: there are more tokens than the CUDA kernel takes, 2^31 - 65537";
   const SortPlan plan = sort_plan(p.tokens, p.num_experts, device);
   Status error = "unknown dtype";
   LLMCORE_DISPATCH_FLOAT(p.dtype, T, error = (run<T>(p, plan, device)))

@@ -8,7 +8,6 @@ from llmcore.ops.device_errors import check_device_errors
 from llmcore.ops.dyt import dyt
 from llmcore.ops.global_norm import global_norm
 from llmcore.ops.glu import geglu, swiglu
-from llmcore.ops.glu_linear import glu_linear
 from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.grouped_glu import grouped_glu
 from llmcore.ops.kv_cache_write import kv_cache_write
@@ -41,7 +40,6 @@ __all__ = [
     "explain",
     "geglu",
     "global_norm",
-    "glu_linear",
     "grouped_gemm",
     "grouped_glu",
     "kv_cache_write",

@@ -249,6 +249,10 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield dense("block-sparse", 1, 200, 200, 2, 1, 16, causal=True, block_mask=mask)
     per_head = BlockMask(torch.rand(2, 4, 5, 6, generator=make) < 0.4, 16, 16)
     yield dense("block-sparse per head", 2, 80, 90, 4, 2, 16, block_mask=per_head)
+    few = BlockMask(
+        torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0] * 5]).bool()[None, :, None], 4, 64
+    )
+    yield dense("block-sparse, few queries", 2, 3, 300, 4, 2, 16, block_mask=few)
     wide = randn(2, 40, 3, 4, 96)
     yield Sample("strided", (wide[:, :, 0, :, :40], wide[:, :, 1, :2, 40:80], wide[:, :, 2, 1:3, 7:57]),
                  {"causal": True, "return_lse": True}, (0, 1, 2))  # fmt: skip

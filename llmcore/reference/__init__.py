@@ -5,7 +5,7 @@ written to be read; speed is not their business.
 """
 
 from llmcore.reference.attention import attention, paged_attention
-from llmcore.reference.glu import geglu, glu_linear, swiglu
+from llmcore.reference.glu import geglu, swiglu
 from llmcore.reference.kv_cache import LARGEST_ELEMENT, kv_cache_write, quantise
 from llmcore.reference.linear import linear
 from llmcore.reference.losses import linear_cross_entropy
@@ -24,7 +24,6 @@ __all__ = [
     "dyt",
     "geglu",
     "global_norm",
-    "glu_linear",
     "grouped_gemm",
     "grouped_glu",
     "kv_cache_write",

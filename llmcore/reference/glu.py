@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, silu
 
 from llmcore.reference.checks import check_shape
 from llmcore.reference.norms import _compute_dtype
@@ -21,10 +21,3 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
     check_shape("geglu: up", up, *gate.shape)
     dtype = _compute_dtype(gate)
     return (gelu(gate.to(dtype), approximate=approximate) * up.to(dtype)).to(gate.dtype)
-
-
-def glu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "swiglu") -> Tensor:
-    """See `llmcore.ops.glu_linear`."""
-    dim = gate_up.shape[-1] // 2
-    gate, up = gate_up[..., :dim], gate_up[..., dim:]
-    return linear(swiglu(gate, up) if activation == "swiglu" else geglu(gate, up), weight, bias)

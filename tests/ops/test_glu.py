@@ -11,14 +11,6 @@ import llmcore
 from llmcore.ops import geglu, swiglu
 
 
-@pytest.fixture(params=llmcore._C.cpu_isas())
-def isa(request):
-    before = llmcore._C.active_cpu_isa()
-    assert llmcore._C.set_cpu_isa(request.param)
-    yield request.param
-    llmcore._C.set_cpu_isa(before)
-
-
 def test_erf_error_is_as_stated(isa):
     """gelu(x sqrt(2)) = x / sqrt(2) * (1 + erf(x)), so the kernel's erf can be read back from it where x > 0."""
     x = torch.linspace(0, 6, 600_001)[1:]

@@ -9,14 +9,6 @@ import llmcore
 from llmcore.ops import kv_cache_write, paged_attention
 
 
-@pytest.fixture(params=llmcore._C.cpu_isas())
-def isa(request):
-    before = llmcore._C.active_cpu_isa()
-    assert llmcore._C.set_cpu_isa(request.param)
-    yield request.param
-    llmcore._C.set_cpu_isa(before)
-
-
 def caches_of(dtype, blocks=3, block_size=4, heads=2, dim=16):
     caches = [torch.full((blocks, block_size, heads, dim), -9, dtype=dtype) for _ in range(2)]
     return caches, {name: torch.full((blocks, block_size, heads), -9.0) for name in ("k_scale", "v_scale")}

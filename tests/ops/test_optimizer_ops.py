@@ -16,14 +16,6 @@ NUMBERS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SIZES = (9001, 16, 5)  # more than a tile; one access; less than one
 
 
-@pytest.fixture(params=llmcore._C.cpu_isas())
-def isa(request):
-    before = llmcore._C.active_cpu_isa()
-    assert llmcore._C.set_cpu_isa(request.param)
-    yield request.param
-    llmcore._C.set_cpu_isa(before)
-
-
 def call(dtype: torch.dtype, grad_dtype: torch.dtype, sizes=SIZES, seed: int = 0) -> dict[str, list[torch.Tensor]]:
     make = torch.Generator().manual_seed(seed)
     masters, grads, means, squares = ([torch.randn(n, generator=make) for n in sizes] for _ in range(4))

@@ -533,6 +533,34 @@ LLMCORE_INLINE void transpose(vu (&rows)[kLanes]) {
 }
 #endif
 
+// Lane i of the result is the sum of v[i]'s lanes: kLanes sums across lanes for the price of two. v is overwritten.
+LLMCORE_INLINE vf sum_each(vf (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  // Vectors meet in pairs, within 128 bits first: each round adds two shuffles of a pair and leaves half as many.
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
+    a[i] = _mm512_maskz_unpacklo_ps(0xffff, x, y) + _mm512_maskz_unpackhi_ps(0xffff, x, y);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = (__m512d)a[2 * i], y = (__m512d)a[2 * i + 1];
+    b[i] = (__m512)_mm512_maskz_unpacklo_pd(0xff, x, y) + (__m512)_mm512_maskz_unpackhi_pd(0xff, x, y);
+  }
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0x88) +
+           _mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0xdd);
+  return (vf)(_mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0x88) +
+              _mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0xdd));
+#else  // the halves of two vectors, interleaved
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) {
+      const vu a = bit_cast<vu>(v[i]), b = bit_cast<vu>(v[i + half]);
+      v[i] = bit_cast<vf>(zip<0>(a, b)) + bit_cast<vf>(zip<1>(a, b));
+    }
+  return v[0];
+#endif
+}
+
 // Pairs (a[i], b[i]) of 2 * kLanes bf16 each: the first kLanes in lo.
 LLMCORE_INLINE void pair_up(const bf16* a, const bf16* b, vu& lo, vu& hi) {
 #if defined(__AVX512BW__)
