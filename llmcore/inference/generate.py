@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
+from llmcore.inference.decoder import Decoder, can_decode
 from llmcore.inference.sampling import check_sampling, draw
 from llmcore.models import ModelConfig, Transformer
 
@@ -63,6 +64,7 @@ def generate(
     weight = model.lm_head_weight
     num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in inputs]
     cache = PagedKVCache(model.config, sum(num_blocks), dtype=weight.dtype, device=weight.device)
+    decoder = Decoder(model, cache) if can_decode(model) else None
     graphs = _DecodeGraphs(model, cache, max(num_blocks)) if can_capture(model) else None
     outputs: list[list[int]] = [[] for _ in inputs]
     running = list(range(len(inputs)))
@@ -71,7 +73,7 @@ def generate(
     try:
         while running:
             if graphs is None or not outputs[running[0]]:  # the prompts
-                logits = _last_logits(model, cache, running, inputs)
+                logits = _last_logits(model, decoder, cache, running, inputs)
             else:
                 logits = graphs.logits(running, [tokens[-1] for tokens in inputs])
             positions = [lengths[index] + len(outputs[index]) for index in running]
@@ -142,9 +144,14 @@ class _DecodeGraphs:
         return self._graphs[batch_size].logits(sequences, tokens)
 
 
-def _last_logits(model: Transformer, cache: PagedKVCache, sequences: list[int], inputs: list[list[int]]) -> Tensor:
+def _last_logits(
+    model: Transformer, decoder: Decoder | None, cache: PagedKVCache, sequences: list[int], inputs: list[list[int]]
+) -> Tensor:
     """Runs each sequence's new tokens. Gives the logits after its last one, (sequences, vocab)."""
     step = cache.extend(sequences, [len(tokens) for tokens in inputs])
     packed = torch.tensor([token for tokens in inputs for token in tokens], device=cache.device)
-    hidden = model(packed, cache=step).hidden
+    if decoder is not None and len(packed) <= decoder.MAX_TOKENS:
+        hidden = decoder.hidden(packed, step)
+    else:
+        hidden = model(packed, cache=step).hidden
     return model.logits(hidden if step.cu_seqlens_q is None else hidden[step.cu_seqlens_q[1:].long() - 1])

@@ -190,11 +190,11 @@ class Transformer(nn.Module):
         if longest is not None and longest > self.config.max_positions and self.config.position != "none":
             raise ValueError(f"a sequence has {longest} tokens; accepted: max_positions = {self.config.max_positions}")
 
-        branch, residual = self._embed(tokens, positions), None
+        branch, residual = self.embed(tokens, positions), None
         routed = []
         for layer, block in enumerate(self.blocks):
             branch, residual, out = block(
-                branch, residual, rope=self._rope_of(layer), positions=positions, cu_seqlens=cu_seqlens, cache=cache
+                branch, residual, rope=self.rope_of(layer), positions=positions, cu_seqlens=cu_seqlens, cache=cache
             )
             if out is not None:
                 routed.append(out)
@@ -206,7 +206,8 @@ class Transformer(nn.Module):
             torch.stack([out.expert_load for out in routed]) if routed else None,
         )
 
-    def _rope_of(self, layer: int) -> RotaryEmbedding | None:
+    def rope_of(self, layer: int) -> RotaryEmbedding | None:
+        """What rotates the queries and keys of a layer."""
         if layer in self.config.no_rope_layers:
             return None
         local = self.local_rope is not None and self.config.layer_window(layer) is not None
@@ -233,7 +234,8 @@ class Transformer(nn.Module):
                 f"cu_seqlens is {cu_seqlens}; accepted: torch.int32 offsets rising from 0 to {len(tokens)} tokens"
             )
 
-    def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the first layer gets: (*tokens' shape, dim)."""
         x = self.embed_tokens(tokens)
         if self.config.embedding_scale != "none":
             # rounded to the model's dtype, as Gemma was trained
