@@ -83,7 +83,7 @@ def decoding(layers: int, tiny: bool, batch: int = 1, context: int = 128) -> Cal
         hidden = model(torch.zeros(batch, dtype=torch.int64), cache=room).hidden
         draw(model.logits(hidden), [0] * batch, [context] * batch, temperature=0)
         for sequence in range(batch):
-            cache.lengths[sequence] = context
+            cache.truncate(sequence, context)
 
     return step
 

@@ -3,8 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "classes.h"
 #include "common.h"
-#include "decoder.h"
 #include "llmcore/attention.h"
 #include "llmcore/linear.h"
 #include "llmcore/norm.h"
@@ -62,11 +62,23 @@ void Decoder::attention(const DecoderLayer& layer, const DecoderStep& s, const B
   const DecoderSizes& z = sizes_;
   const int64_t row = z.num_kv_heads * z.head_dim, block = z.block_size * row;
   product(layer.qkv, z.dtype, s.tokens, b.normed, b.qkv, par);
-  const auto side = [&](void* cache) {
-    return CacheSide{z.head_dim, nullptr, {0, 0}, cache, {block, row, z.head_dim}, nullptr, {0, 0, 0}};
+  const auto side = [&](void* cache, float* scale) {
+    return CacheSide{z.head_dim,
+                     nullptr,
+                     {0, 0},
+                     cache,
+                     {block, row, z.head_dim},
+                     scale,
+                     {z.block_size * z.num_kv_heads, z.num_kv_heads, 1}};
   };
-  const KvCacheWriteParams write{z.dtype, z.cache_dtype,       s.tokens,           z.num_kv_heads, z.block_size,
-                                 s.slots, side(layer.k_cache), side(layer.v_cache)};
+  const KvCacheWriteParams write{z.dtype,
+                                 z.cache_dtype,
+                                 s.tokens,
+                                 z.num_kv_heads,
+                                 z.block_size,
+                                 s.slots,
+                                 side(layer.k_cache, layer.k_scale),
+                                 side(layer.v_cache, layer.v_scale)};
   const QkHeads heads{
       z.dtype,       s.tokens,   s.tokens,     z.num_heads,  z.num_kv_heads, z.head_dim, layer.cos ? z.rotary_dim : 0,
       z.interleaved, z.norm_eps, layer.q_norm, layer.k_norm, layer.cos,      layer.sin,  s.positions};
@@ -94,6 +106,8 @@ void Decoder::attention(const DecoderLayer& layer, const DecoderStep& s, const B
   p.q = b.q;
   p.k = layer.k_cache;
   p.v = layer.v_cache;
+  p.k_scale = layer.k_scale;
+  p.v_scale = layer.v_scale;
   const int64_t token = z.num_heads * z.head_dim;
   p.q_strides = p.out_strides = s.cu_q ? RowStrides{0, token, z.head_dim} : RowStrides{token, 0, z.head_dim};
   p.k_strides = p.v_strides = {block, row, z.head_dim};
@@ -169,9 +183,9 @@ T* pointer(const py::handle& address) {
 }
 
 DType dtype_named(const std::string& text) {
-  for (DType t : {DType::f32, DType::bf16, DType::f16})
+  for (DType t : {DType::f32, DType::bf16, DType::f16, DType::i8, DType::f8})
     if (text == name(t)) return t;
-  fail("decoder: dtype ", text, "; accepted: float32, bfloat16, float16");
+  fail("decoder: dtype ", text, "; accepted: float32, bfloat16, float16, and of caches int8, float8_e4m3fn");
 }
 
 Matrix matrix(const py::handle& values) {
@@ -218,7 +232,9 @@ DecoderLayer layer(const py::dict& d) {
           d["window"].cast<int64_t>(),
           floats("sinks"),
           pointer<void>(d["k_cache"]),
-          pointer<void>(d["v_cache"])};
+          pointer<void>(d["v_cache"]),
+          pointer<float>(d["k_scale"]),
+          pointer<float>(d["v_scale"])};
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ class DecodeGraph:
     def logits(self, sequences: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Extends each of `sequences` in the cache by its token. Gives the logits after it, (sequences, vocab), which
         stand until the next call."""
-        keys = max(self.cache.lengths.get(s, 0) for s in sequences) + 1
+        keys = max(self.cache.length(s) for s in sequences) + 1
         if len(sequences) > self.batch_size or keys > self.max_blocks * self.cache.block_size:
             raise ValueError(
                 f"{len(sequences)} sequences of up to {keys} tokens; this graph is for {self.batch_size} of up to "

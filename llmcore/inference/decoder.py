@@ -87,6 +87,8 @@ class Decoder:
             "sinks": 0 if attention.sinks is None else self._at(attention.sinks.float()),
             "k_cache": self._at(self.cache.k_caches[layer]),
             "v_cache": self._at(self.cache.v_caches[layer]),
+            "k_scale": 0 if self.cache.k_scales is None else self._at(self.cache.k_scales[layer]),
+            "v_scale": 0 if self.cache.v_scales is None else self._at(self.cache.v_scales[layer]),
         }
 
     def _at(self, tensor: Tensor) -> int:

@@ -87,7 +87,7 @@ def generate(
                     on_token(index, token)
                 if token in stop_ids or len(outputs[index]) == max_tokens:
                     cache.release(index)
-            running = [index for index in running if index in cache.blocks]
+            running = [index for index in running if index in cache]
             inputs = [outputs[index][-1:] for index in running]
     finally:
         model.train(was_training)

@@ -24,6 +24,7 @@ class CacheStep:
         kv_lens: (batch,) int32, the keys of each sequence, this pass's tokens among them.
         positions: (total,) int64, the position of each token in its sequence.
         cu_seqlens_q: (batch + 1,) int32, where each sequence's tokens begin; None when every sequence has one.
+        k_scales, v_scales: per layer, (num_blocks, block_size, num_kv_heads) float32, of caches of 8 bits.
     """
 
     k_caches: list[Tensor]
@@ -33,6 +34,8 @@ class CacheStep:
     kv_lens: Tensor
     positions: Tensor
     cu_seqlens_q: Tensor | None = None
+    k_scales: list[Tensor] | None = None
+    v_scales: list[Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -132,12 +135,15 @@ class Attention(nn.Module):
             )  # fmt: skip
         else:
             k_cache, v_cache = cache.k_caches[layer], cache.v_caches[layer]
+            scales = {}
+            if cache.k_scales is not None:
+                scales = {"k_scale": cache.k_scales[layer], "v_scale": cache.v_scales[layer]}
             q = ops.qk_norm_rope_cache_write(
-                qkv, self.num_heads, self.num_kv_heads, k_cache, v_cache, cache.slot_mapping, **entry
+                qkv, self.num_heads, self.num_kv_heads, k_cache, v_cache, cache.slot_mapping, **entry, **scales
             )
             out = ops.paged_attention(
                 q, k_cache, v_cache, cache.block_table, cache.kv_lens, cu_seqlens_q=cache.cu_seqlens_q,
-                causal=self.causal, sinks=self.sinks, **self.options,
+                causal=self.causal, sinks=self.sinks, **self.options, **scales,
             )  # fmt: skip
         return self.out(out.flatten(-2))
 

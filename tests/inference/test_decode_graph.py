@@ -46,7 +46,7 @@ def test_refuses_more_than_it_was_made_for():
     graph = DecodeGraph(model, cache, batch_size=1, max_blocks=1)
     with pytest.raises(ValueError, match="2 sequences of up to 1 tokens; this graph is for 1 of up to 16"):
         graph.logits([0, 1], [5, 6])
-    assert not cache.blocks  # nothing has changed
+    assert not cache.sequences  # nothing has changed
 
 
 def test_is_for_gpus():

@@ -49,10 +49,11 @@ def test_same_bits_as_the_model(kind, dtype):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8, torch.float8_e4m3fn])
 @torch.inference_mode()
-def test_a_cache_of_another_dtype():
+def test_a_cache_of_another_dtype(dtype):
     model = make("llama", torch.float32)
-    caches = [PagedKVCache(model.config, 4, dtype=torch.float16) for _ in range(2)]
+    caches = [PagedKVCache(model.config, 4, dtype=dtype) for _ in range(2)]
     decoder = Decoder(model, caches[1])
     for count in (9, 1):
         tokens = torch.randint(61, (count,))

@@ -82,7 +82,9 @@ def test_paged_cache_equals_full_pass(heads, options):
     x = torch.randn(2, 21, 32)
     full = layer(x, rope=rope)
     cache = PagedKVCache(config, 16, block_size=4)
-    cache.free_blocks = torch.randperm(16).tolist()
+    cache.extend(range(16), [4] * 16)
+    for block in torch.randperm(16).tolist():  # the last one released is the first one handed out
+        cache.release(block)
     for tensor in cache.k_caches + cache.v_caches:
         tensor.fill_(float("nan"))  # what no token wrote must not be read
     begin = [0, 0]

@@ -21,7 +21,7 @@ struct Matrix {
 // Pre-norm layers (or with norms of what they add, too) of grouped-query attention and a gated feed-forward layer.
 struct DecoderSizes {
   DType dtype;        // of weights, activations
-  DType cache_dtype;  // of the caches, one of the three floats
+  DType cache_dtype;  // of the caches
   int64_t dim, num_heads, num_kv_heads, head_dim, ffn_dim, rotary_dim;
   int64_t block_size, num_blocks;  // of the caches, (num_blocks, block_size, num_kv_heads, head_dim), contiguous
   int64_t max_positions;           // rows of cos and sin
@@ -40,6 +40,7 @@ struct DecoderLayer {
   int64_t window;               // 0: none
   const float* sinks;           // (num_heads) or null
   void *k_cache, *v_cache;
+  float *k_scale, *v_scale;  // (num_blocks, block_size, num_kv_heads) of caches of 8 bits, else null
 };
 
 // `tokens` of `batch` sequences, packed; as in AttentionShape's paged form.
