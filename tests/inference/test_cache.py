@@ -55,7 +55,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         tokens = [data.draw(st.lists(st.integers(0, 3), min_size=c, max_size=c)) for c in counts]
         step = self.cache.extend(sequences, counts)
-        self.write(step, sum(tokens, []))
+        self.write(step, [t for new in tokens for t in new])
         for s, new in zip(sequences, tokens):
             self.tokens.setdefault(s, []).extend(new)
             self.published.setdefault(s, 0)
