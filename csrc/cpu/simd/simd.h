@@ -175,6 +175,14 @@ LLMCORE_INLINE vu bf16_bits(vf x) {
 
 LLMCORE_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof(x)); }
 LLMCORE_INLINE void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;  // the instruction takes those for 0
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, kSubnormal) == 0, 1)) {
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+    __builtin_memcpy(p, &h, sizeof(h));
+    return;
+  }
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(LLMCORE_EMULATE_AVX512BF16)
   const __m256i u = (__m256i)bf16_bits(x);  // GCC 12 narrows by scalar moves; two instructions do it
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0x08);
