@@ -18,7 +18,7 @@ struct Worker {
   using Elem = typename Product::Elem;
   Scratch<Elem> q, k_packed, v_packed;
   Scratch<float> acc, highest, total, scores, k_copy, v_copy;
-  Scratch<bf16> p;  // probabilities of a sub-block for the bf16 product
+  Scratch<bf16> p;  // probabilities of a tile for the bf16 product
   TileRows<typename Product::Value> k_rows, v_rows;
 
   Worker(const AttentionShape& s, int64_t rows)
@@ -26,16 +26,18 @@ struct Worker {
         k_packed(kKeys * steps_of<Product>(s.head_dim)),
         v_packed(round_up(s.v_head_dim, kPanel) * steps_of<Product>(kKeys)),
         acc(rows * round_up(s.v_head_dim, kPanel)),
-        highest(rows),
-        total(rows),
-        scores(kSubRows * kKeys),
+        highest(rows + kLanes),
+        total(rows + kLanes),
+        scores(kTileRows * kKeys),
         k_copy(kKeys * s.head_dim),
         v_copy(kKeys * s.v_head_dim),
-        p(kSubRows * kKeys) {}
+        p(kTileRows * kKeys) {}
 };
 
 template <class Product>
 class Forward {
+  using Elem = typename Product::Elem;
+
  public:
   Forward(const AttentionParams& p, const Parallel& par)
       : p_(p),
@@ -157,8 +159,8 @@ class Forward {
     for (int64_t key0 = first; key0 < last; key0 += kKeys) {
       const int64_t count = min64(kKeys, last - key0);
       bool loaded = false;
-      for (int64_t row0 = 0; row0 < t.rows; row0 += kSubRows) {
-        const int64_t rows = min64(kSubRows, t.rows - row0);
+      for (int64_t row0 = 0; row0 < t.rows; row0 += kTileRows) {
+        const int64_t rows = min64(kTileRows, t.rows - row0);
         const TileView view = view_tile(p_.mask, t, group_, row0, rows, key0, count);
         if (view.end == 0) continue;
         if (!loaded) {
@@ -172,16 +174,25 @@ class Forward {
                                        x.k_packed.data() + panel0 * kPanel * k_steps, kPanel * k_steps,
                                        scores + view.begin, kKeys, false);
         for (int64_t r = 0; r < rows; ++r) {
-          float *line = scores + r * kKeys, *acc = x.acc.data() + (row0 + r) * acc_width_;
-          ready_scores(p_.mask, view.begin, end, line);
-          if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, line);
-          softmax_row(exponent_factor(p_.mask), view.begin, end, line, x.highest.data()[row0 + r],
-                      x.total.data()[row0 + r], acc, acc_width_);
+          ready_scores(p_.mask, view.begin, end, scores + r * kKeys);
+          if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, scores + r * kKeys);
         }
-        add_values(x, row0, rows, view, steps_of<Product>(count));
+        typename Product::Value* weights = probabilities(x);
+        softmax_tile(exponent_factor(p_.mask), rows, view.begin, end, scores, weights, x.highest.data() + row0,
+                     x.total.data() + row0, x.acc.data() + row0 * acc_width_, acc_width_);
+        // acc += p * v
+        multiply_panels<Product, true>(rows, acc_width_ / kPanel, steps_of<Product>(view.end - view.begin),
+                                       static_cast<const Elem*>(static_cast<const void*>(weights + view.begin)),
+                                       kKeys / Product::kStep, x.v_packed.data() + view.begin / Product::kStep * kPanel,
+                                       steps_of<Product>(count) * kPanel, x.acc.data() + row0 * acc_width_, acc_width_,
+                                       true);
       }
     }
   }
+
+  // Where the probabilities of a tile go: over its scores, or beside them as bf16.
+  static float* probabilities(Worker<ProductF32>& x) { return x.scores.data(); }
+  static bf16* probabilities(Worker<ProductBf16>& x) { return x.p.data(); }
 
   void load_tile(const Task& t, Worker<Product>& x, int64_t key0, int64_t count) const {
     const AttentionShape& s = p_.shape;
@@ -204,25 +215,6 @@ class Forward {
   }
   static void pack_values(uint32_t* out, const TileRows<bf16>& rows, int64_t dim, int64_t count) {
     pack_rows<kPanel>(out, dim, count, [&](int64_t i) { return rows.row[i]; });
-  }
-
-  // acc += p * v for a sub-block; p is in x.scores.
-  void add_values(Worker<Product>& x, int64_t row0, int64_t rows, const TileView& view, int64_t v_steps) const {
-    const float* scores = x.scores.data();
-    float* acc = x.acc.data() + row0 * acc_width_;
-    if constexpr (Product::kStep == 1) {
-      multiply_panels<Product, true>(rows, acc_width_ / kPanel, view.end - view.begin, scores + view.begin, kKeys,
-                                     x.v_packed.data() + view.begin * kPanel, v_steps * kPanel, acc, acc_width_, true);
-    } else {
-      bf16* p = x.p.data();
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = view.begin; c < round_up(view.end, kPanel); c += kLanes)
-          store(p + r * kKeys + c, load(scores + r * kKeys + c));
-      multiply_panels<Product, true>(rows, acc_width_ / kPanel, steps_of<Product>(view.end - view.begin),
-                                     reinterpret_cast<const uint32_t*>(p + view.begin), kKeys / 2,
-                                     x.v_packed.data() + view.begin / 2 * kPanel, v_steps * kPanel, acc, acc_width_,
-                                     true);
-    }
   }
 
   const AttentionParams& p_;

@@ -113,10 +113,12 @@ inline TileView view_tile(const AttentionMask& m, const Task& t, int64_t group, 
   view.partial = z.first > key0 + view.begin || a.last < last || round_up(view.end, kPanel) != view.end;
   if (m.block_mask) {
     bool any = false, all = true;
-    for (int64_t r = row0; r < row0 + rows; ++r) {
-      const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + r % group, t.first_query + r / group);
-      for (int64_t c = first / m.block_k; c <= last / m.block_k; ++c) (seen[c] ? any : all) = seen[c];
-    }
+    const int64_t heads = m.mask_head ? group : 1;  // with a stride of 0 all share one mask
+    for (int64_t q = q_first / m.block_q; q <= q_last / m.block_q; ++q)
+      for (int64_t h = 0; h < heads; ++h) {
+        const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + h, q * m.block_q);
+        for (int64_t c = first / m.block_k; c <= last / m.block_k; ++c) (seen[c] ? any : all) = seen[c];
+      }
     if (!any) return {0, 0, false};
     view.partial |= !all;
   }
@@ -251,34 +253,50 @@ LLMCORE_INLINE bool use_bf16_product(DType q, DType kv) { return kHasBf16Dot && 
 
 // ---- rows of a result ----------------------------------------------------------------------------------------------
 
-// Scores -> unnormalised probabilities of one row, in place; updates the row's running maximum (an exponent of 2) and
-// sum, and rescales its accumulator.
-inline void softmax_row(float factor, int64_t begin, int64_t end, float* s, float& highest, float& total, float* acc,
-                        int64_t acc_size) {
-  vf top = set1(kNegInf);
-  for (int64_t c = begin; c < end; c += kLanes) top = max(load(s + c), top);
-  const float tile_top = reduce_max(top) * factor;
-  if (tile_top == kNegInf) {  // nothing seen, or only NaN: those must reach the output
-    bool nan = false;
-    for (int64_t c = begin; c < end; ++c) nan |= s[c] != s[c];
-    if (!nan) {
-      for (int64_t c = begin; c < end; c += kLanes) store(s + c, zero());
-      return;
+// Of up to kTileRows rows: the largest exponent so far, or a little less, and the sum of 2^(exponent - highest).
+// Accumulators are rescaled only when an exponent exceeds `highest` by more than this: a power of 2 up to 2^8 is as
+// exact as one below 1, and rescaling becomes rare.
+constexpr float kHeadroom = 8.f;
+
+// Scores (rows, kKeys), columns [begin, end), -> unnormalised probabilities in `out`, likewise. highest[r] and total[r]
+// of the rows are updated, lanes beyond `rows` read and left as they are; rows of `acc` rescaled.
+template <class Out>
+inline void softmax_tile(float factor, int64_t rows, int64_t begin, int64_t end, const float* s, Out* out,
+                         float* highest, float* total, float* acc, int64_t acc_size) {
+  constexpr int64_t kGroups = (kTileRows + kLanes - 1) / kLanes;
+  for (int64_t group = 0; group < kGroups && group * kLanes < rows; ++group) {
+    const int64_t row0 = group * kLanes, count = min64(kLanes, rows - row0);
+    const float* line = s + row0 * kKeys;
+    vf each[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) each[r] = set1(kNegInf);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = begin; c < end; c += kLanes) each[r] = max(load(line + r * kKeys + c), each[r]);
+    const vf top = max_each(each) * factor;
+    vf high = load(highest + row0), sum = load(total + row0);
+    if (any_above(top - high, kHeadroom)) {
+      const vf next = top - high > kHeadroom ? top : high;
+      // The first time there is nothing to rescale: highest is -inf, and the factor 2^-inf = 0.
+      const vf rescale = next == high ? set1(1.f) : exp2_nonpositive(high - next);
+      store(total + row0, sum *= rescale);
+      store(highest + row0, next);
+      for (int64_t r = 0; r < count; ++r)
+        if (next[r] != high[r] && high[r] != kNegInf)
+          for (int64_t d = 0; d < acc_size; d += kLanes) {
+            float* at = acc + (row0 + r) * acc_size + d;
+            store(at, load(at) * rescale[r]);
+          }
+      high = next;
     }
+    const vf base = high == kNegInf ? zero() : high;  // nothing seen yet: 2^-inf, not 2^NaN
+    for (int64_t r = 0; r < kLanes; ++r) each[r] = zero();
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = begin; c < end; c += kLanes) {
+        const vf e = exp2_nonpositive(fma(load(line + r * kKeys + c), set1(factor), set1(-base[r])));
+        store_operand(out + (row0 + r) * kKeys + c, e);
+        each[r] += e;
+      }
+    store(total + row0, sum + sum_each(each));
   }
-  if (tile_top > highest) {
-    const float rescale = highest == kNegInf ? 0.f : __builtin_exp2f(highest - tile_top);
-    total *= rescale;
-    for (int64_t d = 0; d < acc_size; d += kLanes) store(acc + d, load(acc + d) * rescale);
-    highest = tile_top;
-  }
-  vf sum = zero();
-  for (int64_t c = begin; c < end; c += kLanes) {
-    const vf e = exp2_nonpositive(fma(load(s + c), set1(factor), set1(-highest)));
-    store(s + c, e);
-    sum += e;
-  }
-  total += reduce_sum(sum);
 }
 
 // The state of a row before its first key. A sink is a score whose value is the zero vector.

@@ -192,6 +192,16 @@ LLMCORE_INLINE void store(bf16* p, vf x) {
   __builtin_memcpy(p, &h, sizeof(h));
 #endif
 }
+// An operand of dot_bf16(), whose instruction takes subnormal numbers for 0: they may be stored as 0.
+LLMCORE_INLINE void store_operand(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+  __builtin_memcpy(p, &h, sizeof(h));
+#else
+  store(p, x);
+#endif
+}
+LLMCORE_INLINE void store_operand(float* p, vf x) { store(p, x); }
 LLMCORE_INLINE void store(f16* p, vf x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
@@ -564,6 +574,33 @@ LLMCORE_INLINE vf sum_each(vf (&v)[kLanes]) {
     for (int i = 0; i < half; ++i) {
       const vu a = bit_cast<vu>(v[i]), b = bit_cast<vu>(v[i + half]);
       v[i] = bit_cast<vf>(zip<0>(a, b)) + bit_cast<vf>(zip<1>(a, b));
+    }
+  return v[0];
+#endif
+}
+
+// Lane i of the result is the largest of v[i]'s lanes. v is overwritten.
+LLMCORE_INLINE vf max_each(vf (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
+    a[i] = (__m512)max((vf)_mm512_maskz_unpacklo_ps(0xffff, x, y), (vf)_mm512_maskz_unpackhi_ps(0xffff, x, y));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = (__m512d)a[2 * i], y = (__m512d)a[2 * i + 1];
+    b[i] = (__m512)max((vf)_mm512_maskz_unpacklo_pd(0xff, x, y), (vf)_mm512_maskz_unpackhi_pd(0xff, x, y));
+  }
+  for (int i = 0; i < 2; ++i)
+    c[i] = (__m512)max((vf)_mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0x88),
+                       (vf)_mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0xdd));
+  return max((vf)_mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0x88),
+             (vf)_mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0xdd));
+#else
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) {
+      const vu a = bit_cast<vu>(v[i]), b = bit_cast<vu>(v[i + half]);
+      v[i] = max(bit_cast<vf>(zip<0>(a, b)), bit_cast<vf>(zip<1>(a, b)));
     }
   return v[0];
 #endif
