@@ -11,6 +11,8 @@ namespace {
 
 // Working set of a task in floats (q, accumulator): about half of a 512 KiB L2.
 constexpr int64_t kTaskFloats = 64 * 1024;
+// Keys and values that a task has packed at a time, in packed elements.
+constexpr int64_t kPackedElems = 64 * 1024;
 constexpr int64_t kMinSplitKeys = 256;
 
 template <class Product>
@@ -18,20 +20,22 @@ struct Worker {
   using Elem = typename Product::Elem;
   Scratch<Elem> q, k_packed, v_packed;
   Scratch<float> acc, highest, total, scores, k_copy, v_copy;
-  Scratch<bf16> p;  // probabilities of a tile for the bf16 product
+  Scratch<bf16> p;       // probabilities of a tile for the bf16 product
+  Scratch<bool> packed;  // of each tile of a block of keys: whether it has been packed
   TileRows<typename Product::Value> k_rows, v_rows;
 
-  Worker(const AttentionShape& s, int64_t rows)
+  Worker(const AttentionShape& s, int64_t rows, int64_t keys)
       : q(rows * steps_of<Product>(round_up(s.head_dim, kLanes))),
-        k_packed(kKeys * steps_of<Product>(s.head_dim)),
-        v_packed(round_up(s.v_head_dim, kPanel) * steps_of<Product>(kKeys)),
+        k_packed(keys * steps_of<Product>(s.head_dim)),
+        v_packed(round_up(s.v_head_dim, kPanel) * steps_of<Product>(keys)),
         acc(rows * round_up(s.v_head_dim, kPanel)),
         highest(rows + kLanes),
         total(rows + kLanes),
         scores(kTileRows * kKeys),
         k_copy(kKeys * s.head_dim),
         v_copy(kKeys * s.v_head_dim),
-        p(kTileRows * kKeys) {}
+        p(kTileRows * kKeys),
+        packed(keys / kKeys) {}
 };
 
 template <class Product>
@@ -46,6 +50,7 @@ class Forward {
         acc_width_(round_up(p.shape.v_head_dim, kPanel)),
         q_steps_(steps_of<Product>(round_up(p.shape.head_dim, kLanes))),
         queries_(queries_per_task()),
+        block_keys_(keys_per_block()),
         tasks_(p.shape, queries_) {}
 
   void run() {
@@ -55,10 +60,10 @@ class Forward {
       parallel_tasks(par_, tasks_.size(), [&](int64_t i, int64_t w) {
         const Task t = tasks_[i];
         auto& x = workers[w];
-        begin(t, x, true);
         const KeyRange keys = task_keys(t);
-        attend(t, x, keys.first, keys.last + 1);
-        write_rows(p_, t, group_, x.acc.data(), acc_width_, x.highest.data(), x.total.data());
+        attend(t, x, keys.first, keys.last + 1, true, [&](int64_t row0, int64_t rows) {
+          write_rows(p_, t, group_, row0, rows, x.acc.data(), acc_width_, x.highest.data(), x.total.data());
+        });
       });
       return;
     }
@@ -71,12 +76,11 @@ class Forward {
         const Task t = tasks_[i / splits];
         const int64_t split = i % splits;
         auto& x = workers[w];
-        begin(t, x, split == 0);
         const KeyRange keys = task_keys(t);
         const int64_t tiles = (keys.last - keys.first + kKeys) / kKeys;
         const int64_t first = keys.first + tiles * split / splits * kKeys;
         const int64_t last = keys.first + tiles * (split + 1) / splits * kKeys;
-        attend(t, x, first, min64(last, keys.last + 1));
+        attend(t, x, first, min64(last, keys.last + 1), split == 0, [](int64_t, int64_t) {});
         float* to = partial.data() + i * stride;
         __builtin_memcpy(to, x.acc.data(), t.rows * acc_width_ * sizeof(float));
         __builtin_memcpy(to + rows * acc_width_, x.highest.data(), t.rows * sizeof(float));
@@ -93,7 +97,7 @@ class Forward {
           join_rows(first + r * acc_width_, highest[r], total[r], other + r * acc_width_, other[rows * acc_width_ + r],
                     other[rows * (acc_width_ + 1) + r], acc_width_);
       }
-      write_rows(p_, t, group_, first, acc_width_, highest, total);
+      write_rows(p_, t, group_, 0, t.rows, first, acc_width_, highest, total);
     });
   }
 
@@ -109,7 +113,7 @@ class Forward {
     }
     Worker<Product>& operator[](int64_t w) {
       auto& x = all_.data()[w];
-      if (!x) x = new Worker<Product>(f_.p_.shape, f_.queries_ * f_.group_);
+      if (!x) x = new Worker<Product>(f_.p_.shape, f_.queries_ * f_.group_, f_.block_keys_);
       return *x;
     }
 
@@ -144,64 +148,88 @@ class Forward {
     return {a.first, max64(z.last, a.first - 1)};
   }
 
-  void begin(const Task& t, Worker<Product>& x, bool with_sink) const {
-    for (int64_t r = 0; r < t.rows; ++r) {
-      load_row<Product>(at(p_.q, p_.q_dtype, row_offset(t, group_, r, p_.q_strides)), p_.q_dtype, p_.shape.head_dim,
-                        q_steps_, x.q.data() + r * q_steps_);
-      begin_row(p_.mask, t.kv_head * group_ + r % group_, with_sink, x.highest.data()[r], x.total.data()[r]);
-    }
-    __builtin_memset(x.acc.data(), 0, t.rows * acc_width_ * sizeof(float));
+  int64_t keys_per_block() const {
+    const int64_t of_key = steps_of<Product>(p_.shape.head_dim) + acc_width_ / Product::kStep;
+    return max64(1, kPackedElems / of_key / kKeys) * kKeys;
   }
 
-  // Takes keys [first, last) into account.
-  void attend(const Task& t, Worker<Product>& x, int64_t first, int64_t last) const {
-    const AttentionShape& s = p_.shape;
-    for (int64_t key0 = first; key0 < last; key0 += kKeys) {
-      const int64_t count = min64(kKeys, last - key0);
-      bool loaded = false;
+  // Takes keys [first, last) into account, block by block; done(row0, rows) once some rows have seen them all.
+  template <class Done>
+  void attend(const Task& t, Worker<Product>& x, int64_t first, int64_t last, bool with_sink, const Done& done) const {
+    int64_t block = first;
+    do {
+      const int64_t end = min64(block + block_keys_, last);
+      for (int64_t i = 0; i < block_keys_ / kKeys; ++i) x.packed.data()[i] = false;
       for (int64_t row0 = 0; row0 < t.rows; row0 += kTileRows) {
         const int64_t rows = min64(kTileRows, t.rows - row0);
-        const TileView view = view_tile(p_.mask, t, group_, row0, rows, key0, count);
-        if (view.end == 0) continue;
-        if (!loaded) {
-          load_tile(t, x, key0, count);
-          loaded = true;
-        }
-        const int64_t panel0 = view.begin / kPanel, end = round_up(view.end, kPanel),
-                      k_steps = steps_of<Product>(s.head_dim);
-        float* scores = x.scores.data();
-        multiply_panels<Product, true>(rows, end / kPanel - panel0, k_steps, x.q.data() + row0 * q_steps_, q_steps_,
-                                       x.k_packed.data() + panel0 * kPanel * k_steps, kPanel * k_steps,
-                                       scores + view.begin, kKeys, false);
-        for (int64_t r = 0; r < rows; ++r) {
-          ready_scores(p_.mask, view.begin, end, scores + r * kKeys);
-          if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, scores + r * kKeys);
-        }
-        typename Product::Value* weights = probabilities(x);
-        softmax_tile(exponent_factor(p_.mask), rows, view.begin, end, scores, weights, x.highest.data() + row0,
-                     x.total.data() + row0, x.acc.data() + row0 * acc_width_, acc_width_);
-        // acc += p * v
-        multiply_panels<Product, true>(rows, acc_width_ / kPanel, steps_of<Product>(view.end - view.begin),
-                                       static_cast<const Elem*>(static_cast<const void*>(weights + view.begin)),
-                                       kKeys / Product::kStep, x.v_packed.data() + view.begin / Product::kStep * kPanel,
-                                       steps_of<Product>(count) * kPanel, x.acc.data() + row0 * acc_width_, acc_width_,
-                                       true);
+        if (block == first) begin(t, x, row0, rows, with_sink);
+        for (int64_t key0 = block; key0 < end; key0 += kKeys)
+          tile(t, x, row0, rows, block, key0, min64(kKeys, end - key0));
+        if (end >= last) done(row0, rows);
       }
+      block += block_keys_;
+    } while (block < last);
+  }
+
+  void begin(const Task& t, Worker<Product>& x, int64_t row0, int64_t rows, bool with_sink) const {
+    for (int64_t r = row0; r < row0 + rows; ++r) {
+      load_row<Product>(q_row(t, r), p_.q_dtype, p_.shape.head_dim, q_steps_, x.q.data() + r * q_steps_);
+      begin_row(p_.mask, t.kv_head * group_ + r % group_, with_sink, x.highest.data()[r], x.total.data()[r]);
     }
+    __builtin_memset(x.acc.data() + row0 * acc_width_, 0, rows * acc_width_ * sizeof(float));
+    // The rows that come next, while these meet their keys.
+    for (int64_t r = row0 + rows; r < min64(row0 + rows + kTileRows, t.rows); ++r)
+      for (int64_t i = 0; i < p_.shape.head_dim * element_size(p_.q_dtype); i += 64)
+        __builtin_prefetch(static_cast<const char*>(q_row(t, r)) + i);
+  }
+
+  const void* q_row(const Task& t, int64_t r) const {
+    return at(p_.q, p_.q_dtype, row_offset(t, group_, r, p_.q_strides));
+  }
+
+  // Rows [row0, row0 + rows) meet the keys [key0, key0 + count) of the block that starts at key `block`.
+  void tile(const Task& t, Worker<Product>& x, int64_t row0, int64_t rows, int64_t block, int64_t key0,
+            int64_t count) const {
+    const TileView view = view_tile(p_.mask, t, group_, row0, rows, key0, count);
+    if (view.end == 0) return;
+    const int64_t k_steps = steps_of<Product>(p_.shape.head_dim);
+    Elem *k = x.k_packed.data() + (key0 - block) * k_steps,
+         *v = x.v_packed.data() + (key0 - block) / Product::kStep * acc_width_;
+    bool& packed = x.packed.data()[(key0 - block) / kKeys];
+    if (!packed) load_tile(t, x, key0, count, k, v);
+    packed = true;
+    const int64_t end = round_up(view.end, kPanel);
+    float *scores = x.scores.data(), *acc = x.acc.data() + row0 * acc_width_;
+    multiply_panels<Product, true>(rows, (end - view.begin) / kPanel, k_steps, x.q.data() + row0 * q_steps_, q_steps_,
+                                   k + view.begin * k_steps, kPanel * k_steps, scores + view.begin, kKeys, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      ready_scores(p_.mask, view.begin, end, scores + r * kKeys);
+      if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, scores + r * kKeys);
+    }
+    typename Product::Value* weights = probabilities(x);
+    softmax_tile(exponent_factor(p_.mask), rows, view.begin, end, scores, weights, x.highest.data() + row0,
+                 x.total.data() + row0, acc, acc_width_);
+    // acc += weights * v
+    multiply_panels<Product, true>(rows, acc_width_ / kPanel, steps_of<Product>(view.end - view.begin),
+                                   static_cast<const Elem*>(static_cast<const void*>(weights + view.begin)),
+                                   kKeys / Product::kStep, v + view.begin / Product::kStep * kPanel,
+                                   steps_of<Product>(count) * kPanel, acc, acc_width_, true);
   }
 
   // Where the probabilities of a tile go: over its scores, or beside them as bf16.
   static float* probabilities(Worker<ProductF32>& x) { return x.scores.data(); }
   static bf16* probabilities(Worker<ProductBf16>& x) { return x.p.data(); }
 
-  void load_tile(const Task& t, Worker<Product>& x, int64_t key0, int64_t count) const {
+  void load_tile(const Task& t, Worker<Product>& x, int64_t key0, int64_t count, Elem* k, Elem* v) const {
     const AttentionShape& s = p_.shape;
     tile_rows(s, t, p_.k, p_.kv_dtype, p_.k_strides, p_.k_scale, s.head_dim, key0, count, x.k_copy.data(), x.k_rows);
     tile_rows(s, t, p_.v, p_.kv_dtype, p_.v_strides, p_.v_scale, s.v_head_dim, key0, count, x.v_copy.data(), x.v_rows);
-    const int64_t k_steps = steps_of<Product>(s.head_dim);
+    for (int64_t i = 0; i < count; ++i)  // while the keys are packed
+      for (int64_t c = 0; c < s.v_head_dim * static_cast<int64_t>(sizeof(*x.v_rows.row[i])); c += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x.v_rows.row[i]) + c);
     for (int64_t c = 0; c < count; c += kPanel)
-      pack_panel(x.k_packed.data() + c * k_steps, x.k_rows, c, min64(kPanel, count - c), s.head_dim);
-    pack_values(x.v_packed.data(), x.v_rows, s.v_head_dim, count);
+      pack_panel(k + c * steps_of<Product>(s.head_dim), x.k_rows, c, min64(kPanel, count - c), s.head_dim);
+    pack_values(v, x.v_rows, s.v_head_dim, count);
   }
 
   static void pack_panel(float* out, const TileRows<float>& rows, int64_t c, int64_t count, int64_t dim) {
@@ -219,7 +247,7 @@ class Forward {
 
   const AttentionParams& p_;
   const Parallel& par_;
-  const int64_t group_, acc_width_, q_steps_, queries_;
+  const int64_t group_, acc_width_, q_steps_, queries_, block_keys_;
   const TaskList tasks_;
 };
 

@@ -367,7 +367,7 @@ class Decode {
     each_head([&] {
       const Part done = result();
       for (int64_t r = 0; r < t.rows; ++r) done.totals[r] = reduce_sum(load(done.totals + r * kLanes));
-      if (range.whole) write_rows(p_, t, group_, done.acc, width_, done.highest, done.totals);
+      if (range.whole) write_rows(p_, t, group_, 0, t.rows, done.acc, width_, done.highest, done.totals);
     });
   }
 
@@ -483,7 +483,7 @@ class Decode {
         join_rows(all.acc + r * width_, all.highest[r], all.totals[r], other.acc + r * width_, other.highest[r],
                   other.totals[r], width_);
     }
-    write_rows(p_, t, group_, all.acc, width_, all.highest, all.totals);
+    write_rows(p_, t, group_, 0, t.rows, all.acc, width_, all.highest, all.totals);
   }
 
   const AttentionParams& p_;

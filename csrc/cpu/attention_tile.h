@@ -133,8 +133,15 @@ inline void mask_scores(const AttentionMask& m, const Task& t, int64_t group, in
   const int64_t end = round_up(view.end, kPanel);
   const int64_t first = min64(max64(range.first - key0, view.begin), end);
   const int64_t last = max64(min64(range.last - key0 + 1, end), first);
-  for (int64_t c = view.begin; c < first; ++c) s[c] = kNegInf;
-  for (int64_t c = last; c < end; ++c) s[c] = kNegInf;
+  const auto hide = [&](int64_t from, int64_t to) {  // all but [first, last)
+    for (int64_t c = from; c < to; c += kLanes) {
+      const vi at = iota() + static_cast<int32_t>(c);
+      const vf x = load(s + c);
+      store(s + c, (at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(last)) ? x : set1(kNegInf));
+    }
+  };
+  hide(view.begin, min64(round_up(first, kLanes), end));
+  hide(max64(last / kLanes * kLanes, view.begin), end);
   if (!m.block_mask) return;
   const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + r % group, query);
   for (int64_t c = first; c < last;) {
@@ -316,10 +323,10 @@ inline void join_rows(float* acc, float& highest, float& total, const float* oth
   highest = top;
 }
 
-// A task's rows of out and lse.
-inline void write_rows(const AttentionParams& p, const Task& t, int64_t group, const float* acc, int64_t width,
-                       const float* highest, const float* total) {
-  for (int64_t r = 0; r < t.rows; ++r) {
+// Rows [row0, row0 + rows) of out and lse; acc, highest and total are those of the whole task.
+inline void write_rows(const AttentionParams& p, const Task& t, int64_t group, int64_t row0, int64_t rows,
+                       const float* acc, int64_t width, const float* highest, const float* total) {
+  for (int64_t r = row0; r < row0 + rows; ++r) {
     void* out = const_cast<void*>(at(p.out, p.q_dtype, row_offset(t, group, r, p.out_strides)));
     const float sum = total[r];
     row_from_float(acc + r * width, p.q_dtype, p.shape.v_head_dim, sum == 0.f ? 0.f : 1.f / sum, out);

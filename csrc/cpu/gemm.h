@@ -211,12 +211,10 @@ inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
       uint32_t* to = out + j * steps + s * Width;
       if (j + Width <= n && odd) {
         int v = 0;
-        for (; v + kLanes <= Width; v += kLanes) {
-          vh lo, hi;
-          __builtin_memcpy(&lo, even + j + v, sizeof(lo));
-          __builtin_memcpy(&hi, odd + j + v, sizeof(hi));
-          const vu pair = __builtin_convertvector(lo, vu) | __builtin_convertvector(hi, vu) << 16;
-          __builtin_memcpy(to + v, &pair, sizeof(pair));
+        for (; v + 2 * kLanes <= Width; v += 2 * kLanes) {
+          vu pairs[2];
+          pair_up(even + j + v, odd + j + v, pairs[0], pairs[1]);
+          __builtin_memcpy(to + v, pairs, sizeof(pairs));
         }
         for (; v < Width; ++v) to[v] = even[j + v].bits | static_cast<uint32_t>(odd[j + v].bits) << 16;
       } else {
