@@ -9,8 +9,9 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-// Working set of a task in floats (q, accumulator): about half of a 512 KiB L2.
-constexpr int64_t kTaskFloats = 64 * 1024;
+// Working set of a task in 32-bit elements (q, accumulator): about half of a 512 KiB L2.
+constexpr int64_t kTaskElems = 64 * 1024;
+constexpr int64_t kTaskRows = 32 * kTileRows;
 // Keys and values that a task has packed at a time, in packed elements.
 constexpr int64_t kPackedElems = 64 * 1024;
 constexpr int64_t kMinSplitKeys = 256;
@@ -31,11 +32,11 @@ struct Worker {
         acc(rows * round_up(s.v_head_dim, kPanel)),
         highest(rows + kLanes),
         total(rows + kLanes),
-        scores(kTileRows * kKeys),
-        k_copy(kKeys * s.head_dim),
-        v_copy(kKeys * s.v_head_dim),
-        p(kTileRows * kKeys),
-        packed(keys / kKeys) {}
+        scores(kTileRows * kMaxKeys),
+        k_copy(kMaxKeys * s.head_dim),
+        v_copy(kMaxKeys * s.v_head_dim),
+        p(kTileRows * kMaxKeys),
+        packed(keys / kPanel) {}
 };
 
 template <class Product>
@@ -50,6 +51,7 @@ class Forward {
         acc_width_(round_up(p.shape.v_head_dim, kPanel)),
         q_steps_(steps_of<Product>(round_up(p.shape.head_dim, kLanes))),
         queries_(queries_per_task()),
+        tile_keys_(keys_per_tile()),
         block_keys_(keys_per_block()),
         tasks_(p.shape, queries_) {}
 
@@ -77,9 +79,9 @@ class Forward {
         const int64_t split = i % splits;
         auto& x = workers[w];
         const KeyRange keys = task_keys(t);
-        const int64_t tiles = (keys.last - keys.first + kKeys) / kKeys;
-        const int64_t first = keys.first + tiles * split / splits * kKeys;
-        const int64_t last = keys.first + tiles * (split + 1) / splits * kKeys;
+        const int64_t tiles = (keys.last - keys.first + tile_keys_) / tile_keys_;
+        const int64_t first = keys.first + tiles * split / splits * tile_keys_;
+        const int64_t last = keys.first + tiles * (split + 1) / splits * tile_keys_;
         attend(t, x, first, min64(last, keys.last + 1), split == 0, [](int64_t, int64_t) {});
         float* to = partial.data() + i * stride;
         __builtin_memcpy(to, x.acc.data(), t.rows * acc_width_ * sizeof(float));
@@ -124,12 +126,12 @@ class Forward {
 
   int64_t queries_per_task() const {
     const AttentionShape& s = p_.shape;
-    int64_t rows = kTaskFloats / (s.head_dim + s.v_head_dim) / kSubRows * kSubRows;
-    rows = max64(kSubRows, min64(rows, 8 * kSubRows));
+    constexpr int64_t kStep = 4 * kTileRows;
+    int64_t rows = max64(kStep, min64(kTaskElems / (q_steps_ + acc_width_) / kStep * kStep, kTaskRows));
     // Smaller tasks when there would be fewer than eight for each thread: with 64 threads the last ones then end within
     // 2 % of each other (bench/balance.py).
     const int64_t total = (s.cu_q ? s.cu_q[s.batch] : s.batch * s.seq_q) * s.heads;
-    while (rows > kSubRows && total / rows < 8 * par_.threads) rows -= kSubRows;
+    while (rows > kStep && total / rows < 8 * par_.threads) rows -= kStep;
     return max64(1, rows / group_);
   }
 
@@ -148,9 +150,12 @@ class Forward {
     return {a.first, max64(z.last, a.first - 1)};
   }
 
+  // Not more than a block of the mask, so that hidden ones are skipped.
+  int64_t keys_per_tile() const { return p_.mask.block_mask && p_.mask.block_k < kMaxKeys ? kMaxKeys / 2 : kMaxKeys; }
+
   int64_t keys_per_block() const {
     const int64_t of_key = steps_of<Product>(p_.shape.head_dim) + acc_width_ / Product::kStep;
-    return max64(1, kPackedElems / of_key / kKeys) * kKeys;
+    return max64(1, kPackedElems / of_key / tile_keys_) * tile_keys_;
   }
 
   // Takes keys [first, last) into account, block by block; done(row0, rows) once some rows have seen them all.
@@ -159,12 +164,13 @@ class Forward {
     int64_t block = first;
     do {
       const int64_t end = min64(block + block_keys_, last);
-      for (int64_t i = 0; i < block_keys_ / kKeys; ++i) x.packed.data()[i] = false;
+      for (int64_t i = 0; i < block_keys_ / tile_keys_; ++i) x.packed.data()[i] = false;
       for (int64_t row0 = 0; row0 < t.rows; row0 += kTileRows) {
         const int64_t rows = min64(kTileRows, t.rows - row0);
         if (block == first) begin(t, x, row0, rows, with_sink);
-        for (int64_t key0 = block; key0 < end; key0 += kKeys)
-          tile(t, x, row0, rows, block, key0, min64(kKeys, end - key0));
+        const RowsView seen = view_rows(p_.mask, t, group_, row0, rows);
+        for (int64_t key0 = block; key0 < end; key0 += tile_keys_)
+          tile(t, x, row0, rows, seen, block, key0, min64(tile_keys_, end - key0));
         if (end >= last) done(row0, rows);
       }
       block += block_keys_;
@@ -188,32 +194,38 @@ class Forward {
   }
 
   // Rows [row0, row0 + rows) meet the keys [key0, key0 + count) of the block that starts at key `block`.
-  void tile(const Task& t, Worker<Product>& x, int64_t row0, int64_t rows, int64_t block, int64_t key0,
-            int64_t count) const {
-    const TileView view = view_tile(p_.mask, t, group_, row0, rows, key0, count);
+  void tile(const Task& t, Worker<Product>& x, int64_t row0, int64_t rows, const RowsView& seen, int64_t block,
+            int64_t key0, int64_t count) const {
+    const TileView view = view_tile(p_.mask, t, group_, seen, key0, count, kLanes);
     if (view.end == 0) return;
     const int64_t k_steps = steps_of<Product>(p_.shape.head_dim);
     Elem *k = x.k_packed.data() + (key0 - block) * k_steps,
          *v = x.v_packed.data() + (key0 - block) / Product::kStep * acc_width_;
-    bool& packed = x.packed.data()[(key0 - block) / kKeys];
+    bool& packed = x.packed.data()[(key0 - block) / tile_keys_];
     if (!packed) load_tile(t, x, key0, count, k, v);
     packed = true;
-    const int64_t end = round_up(view.end, kPanel);
     float *scores = x.scores.data(), *acc = x.acc.data() + row0 * acc_width_;
-    multiply_panels<Product, true>(rows, (end - view.begin) / kPanel, k_steps, x.q.data() + row0 * q_steps_, q_steps_,
-                                   k + view.begin * k_steps, kPanel * k_steps, scores + view.begin, kKeys, false);
-    for (int64_t r = 0; r < rows; ++r) {
-      ready_scores(p_.mask, view.begin, end, scores + r * kKeys);
-      if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, scores + r * kKeys);
-    }
+    multiply_columns<Product>(rows, view.begin, view.stop, k_steps, x.q.data() + row0 * q_steps_, q_steps_, k, scores,
+                              tile_keys_);
+    if (view.partial || ready_first(p_.mask)) ready_and_mask(t, row0, rows, key0, view, scores);
     typename Product::Value* weights = probabilities(x);
-    softmax_tile(exponent_factor(p_.mask), rows, view.begin, end, scores, weights, x.highest.data() + row0,
-                 x.total.data() + row0, acc, acc_width_);
+    softmax_tile(exponent_factor(p_.mask), rows, view.begin, view.stop, tile_keys_, scores, weights,
+                 x.highest.data() + row0, x.total.data() + row0, acc, acc_width_);
     // acc += weights * v
     multiply_panels<Product, true>(rows, acc_width_ / kPanel, steps_of<Product>(view.end - view.begin),
                                    static_cast<const Elem*>(static_cast<const void*>(weights + view.begin)),
-                                   kKeys / Product::kStep, v + view.begin / Product::kStep * kPanel,
+                                   tile_keys_ / Product::kStep, v + view.begin / Product::kStep * kPanel,
                                    steps_of<Product>(count) * kPanel, acc, acc_width_, true);
+  }
+
+  void ready_and_mask(const Task& t, int64_t row0, int64_t rows, int64_t key0, const TileView& view,
+                      float* scores) const {
+    int64_t query = t.first_query + row0 / group_, head = row0 % group_;
+    for (int64_t r = 0; r < rows; ++r) {
+      ready_scores(p_.mask, view.begin, view.stop, scores + r * tile_keys_);
+      if (view.partial) mask_scores(p_.mask, t, group_, query, head, key0, view, scores + r * tile_keys_);
+      if (++head == group_) head = 0, ++query;
+    }
   }
 
   // Where the probabilities of a tile go: over its scores, or beside them as bf16.
@@ -247,7 +259,7 @@ class Forward {
 
   const AttentionParams& p_;
   const Parallel& par_;
-  const int64_t group_, acc_width_, q_steps_, queries_, block_keys_;
+  const int64_t group_, acc_width_, q_steps_, queries_, tile_keys_, block_keys_;
   const TaskList tasks_;
 };
 

@@ -330,13 +330,14 @@ class Decode {
     const auto scores = [&] { return x.scores.data() + index() * rows * kTile; };
     each_head([&] { begin(t, x.q.data() + index() * rows * q_stride_, result(), range.index == 0); });
     const int64_t k_span = span(range, p_.shape.head_dim), v_span = span(range, p_.shape.v_head_dim);
+    const RowsView rows_view = view_rows(p_.mask, t, group_, 0, t.rows);
     for (int64_t key0 = range.first; key0 <= range.last; key0 += kTile) {
       const int64_t count = min64(kTile, range.last - key0 + 1);
       bool any = false;
       each_head([&] {
         TileView& view = x.views.data()[index()];  // block masks may differ by head, all else does not
-        view =
-            index() && !p_.mask.block_mask ? x.views.data()[0] : view_tile(p_.mask, t, group_, 0, t.rows, key0, count);
+        view = index() && !p_.mask.block_mask ? x.views.data()[0]
+                                              : view_tile(p_.mask, t, group_, rows_view, key0, count, kPanel);
         any |= view.end > 0;
       });
       if (!any) continue;
@@ -438,12 +439,13 @@ class Decode {
         for (int64_t c = 0; c < end; c += kLanes) store(line + c, load(line + c) * load(x.k_scale + c));
       ready_scores(p_.mask, 0, end, line);
       if (view.partial || view.begin > 0 || view.end < count)
-        mask_scores(p_.mask, t, group_, r, key0, TileView{0, count, true}, line);
+        mask_scores(p_.mask, t, group_, t.first_query + r / group_, r % group_, key0, TileView{0, count, end, true},
+                    line);
       weigh_row(end, line, to.highest[r], to.totals + r * kLanes, to.acc + r * width_);
       if (p_.v_scale)
         for (int64_t c = 0; c < end; c += kLanes) store(line + c, load(line + c) * load(x.v_scale + c));
       if constexpr (Math::kKeysAtOnce == 2)
-        for (int64_t c = 0; c < end; c += kLanes) store(pairs + r * kTile + c, load(line + c));
+        for (int64_t c = 0; c < end; c += kLanes) store_operand(pairs + r * kTile + c, load(line + c));
     }
   }
 

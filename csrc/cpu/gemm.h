@@ -81,6 +81,13 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
     }
 }
 
+// A full tile of rows of a row-major a times half a panel.
+template <class Product>
+LLMCORE_NOINLINE void micro_half(int64_t steps, const typename Product::Elem* a, int64_t a_stride,
+                                 const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
+  micro_rows<Product, kTileRows, 1>(steps, a, a_stride, 1, b, c, c_stride, accumulate);
+}
+
 // `rows` <= kTileRows. Rows = true: a is row-major (a_row is the row stride, steps are adjacent); false: a is column-
 // major (a_step is the stride of a step, rows are adjacent).
 template <class Product, bool RowMajor>
@@ -124,6 +131,27 @@ inline void multiply_panels(int64_t rows, int64_t panels, int64_t steps, const t
                                  b + j * panel_stride + s * kPanel, c + r * c_stride + j * kPanel, c_stride,
                                  accumulate || s > 0);
       }
+}
+
+// The same of the columns [begin, end), multiples of kLanes, of which c holds all: half a panel is not multiplied where
+// it would be left over at either end of a full tile of rows.
+template <class Product>
+inline void multiply_columns(int64_t rows, int64_t begin, int64_t end, int64_t steps, const typename Product::Elem* a,
+                             int64_t a_stride, const typename Product::Elem* b, float* c, int64_t c_stride) {
+  static_assert(kPanel == 2 * kLanes, "a panel has two halves");
+  const auto half = [&](int64_t at) {
+    const typename Product::Elem* from = b + at / kPanel * kPanel * steps + at % kPanel;
+    for (int64_t s = 0; s < steps; s += kChainSteps)
+      micro_half<Product>(steps - s < kChainSteps ? steps - s : kChainSteps, a + s, a_stride, from + s * kPanel, c + at,
+                          c_stride, s > 0);
+  };
+  const bool full = rows == kTileRows;
+  if (full && begin % kPanel) half(begin), begin += kLanes;
+  const bool last = full && end % kPanel && begin < end;
+  const int64_t first = begin / kPanel, panels = (end - first * kPanel + kPanel - 1) / kPanel - (last ? 1 : 0);
+  multiply_panels<Product, true>(rows, panels, steps, a, a_stride, b + first * kPanel * steps, kPanel * steps,
+                                 c + first * kPanel, c_stride, false);
+  if (last) half(end - kLanes);
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------

@@ -202,6 +202,17 @@ LLMCORE_INLINE void store_operand(bf16* p, vf x) {
 #endif
 }
 LLMCORE_INLINE void store_operand(float* p, vf x) { store(p, x); }
+// The same of two vectors, as pairs (low[i], high[i]).
+LLMCORE_INLINE vu operand_pair(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(kPairs), halves);
+#else
+  return bf16_bits(low) | bf16_bits(high) << 16;
+#endif
+}
 LLMCORE_INLINE void store(f16* p, vf x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
