@@ -178,19 +178,17 @@ class Forward {
   }
 
   void begin(const Task& t, Worker<Product>& x, int64_t row0, int64_t rows, bool with_sink) const {
-    for (int64_t r = row0; r < row0 + rows; ++r) {
-      load_row<Product>(q_row(t, r), p_.q_dtype, p_.shape.head_dim, q_steps_, x.q.data() + r * q_steps_);
-      begin_row(p_.mask, t.kv_head * group_ + r % group_, with_sink, x.highest.data()[r], x.total.data()[r]);
-    }
+    const auto q_row = [&](TaskRow row) { return at(p_.q, p_.q_dtype, row.offset(t, group_, p_.q_strides)); };
+    for_task_rows(t, group_, row0, rows, [&](int64_t r, TaskRow row) {
+      load_row<Product>(q_row(row), p_.q_dtype, p_.shape.head_dim, q_steps_, x.q.data() + r * q_steps_);
+      begin_row(p_.mask, t.kv_head * group_ + row.head, with_sink, x.highest.data()[r], x.total.data()[r]);
+    });
     __builtin_memset(x.acc.data() + row0 * acc_width_, 0, rows * acc_width_ * sizeof(float));
-    // The rows that come next, while these meet their keys.
-    for (int64_t r = row0 + rows; r < min64(row0 + rows + kTileRows, t.rows); ++r)
-      for (int64_t i = 0; i < p_.shape.head_dim * element_size(p_.q_dtype); i += 64)
-        __builtin_prefetch(static_cast<const char*>(q_row(t, r)) + i);
-  }
-
-  const void* q_row(const Task& t, int64_t r) const {
-    return at(p_.q, p_.q_dtype, row_offset(t, group_, r, p_.q_strides));
+    // The rows that come next are fetched while these meet their keys.
+    for_task_rows(t, group_, row0 + rows, min64(kTileRows, t.rows - row0 - rows), [&](int64_t, TaskRow row) {
+      const char* bytes = static_cast<const char*>(q_row(row));
+      for (int64_t i = 0; i < p_.shape.head_dim * element_size(p_.q_dtype); i += 64) __builtin_prefetch(bytes + i);
+    });
   }
 
   // Rows [row0, row0 + rows) meet the keys [key0, key0 + count) of the block that starts at key `block`.
@@ -220,12 +218,11 @@ class Forward {
 
   void ready_and_mask(const Task& t, int64_t row0, int64_t rows, int64_t key0, const TileView& view,
                       float* scores) const {
-    int64_t query = t.first_query + row0 / group_, head = row0 % group_;
-    for (int64_t r = 0; r < rows; ++r) {
-      ready_scores(p_.mask, view.begin, view.stop, scores + r * tile_keys_);
-      if (view.partial) mask_scores(p_.mask, t, group_, query, head, key0, view, scores + r * tile_keys_);
-      if (++head == group_) head = 0, ++query;
-    }
+    for_task_rows(t, group_, row0, rows, [&](int64_t r, TaskRow row) {
+      float* line = scores + (r - row0) * tile_keys_;
+      ready_scores(p_.mask, view.begin, view.stop, line);
+      if (view.partial) mask_scores(p_.mask, t, group_, row.query, row.head, key0, view, line);
+    });
   }
 
   // Where the probabilities of a tile go: over its scores, or beside them as bf16.
