@@ -59,12 +59,12 @@ class Forward {
     const int64_t splits = choose_splits();
     if (splits == 1) {
       Workers workers(*this);
-      parallel_tasks(par_, tasks_.size(), [&](int64_t i, int64_t w) {
+      parallel_own_tasks(par_, tasks_.size(), [&](int64_t i, int64_t w) {
         const Task t = tasks_[i];
         auto& x = workers[w];
         const KeyRange keys = task_keys(t);
-        attend(t, x, keys.first, keys.last + 1, true, [&](int64_t row0, int64_t rows) {
-          write_rows(p_, t, group_, row0, rows, x.acc.data(), acc_width_, x.highest.data(), x.total.data());
+        attend(t, x, keys.first, keys.last + 1, true, false, [&](const Rows& rows) {
+          write_rows(p_, t, group_, rows.first, rows.count, rows.acc, acc_width_, rows.highest, rows.total);
         });
       });
       return;
@@ -82,7 +82,7 @@ class Forward {
         const int64_t tiles = (keys.last - keys.first + tile_keys_) / tile_keys_;
         const int64_t first = keys.first + tiles * split / splits * tile_keys_;
         const int64_t last = keys.first + tiles * (split + 1) / splits * tile_keys_;
-        attend(t, x, first, min64(last, keys.last + 1), split == 0, [](int64_t, int64_t) {});
+        attend(t, x, first, min64(last, keys.last + 1), split == 0, true, [](const Rows&) {});
         float* to = partial.data() + i * stride;
         __builtin_memcpy(to, x.acc.data(), t.rows * acc_width_ * sizeof(float));
         __builtin_memcpy(to + rows * acc_width_, x.highest.data(), t.rows * sizeof(float));
@@ -158,43 +158,62 @@ class Forward {
     return max64(1, kPackedElems / of_key / tile_keys_) * tile_keys_;
   }
 
-  // Takes keys [first, last) into account, block by block; done(row0, rows) once some rows have seen them all.
+  // Rows [first, first + count) of a task, up to kTileRows, and what the worker holds of them.
+  struct Rows {
+    int64_t first, count;
+    Elem* q;
+    float *acc, *highest, *total;
+    bool fresh;  // acc holds nothing yet, not even zeros
+    RowsView seen;
+  };
+
+  // Takes keys [first, last) into account, block by block; done(rows) once some rows have seen them all. With `keep`
+  // the rows stay where the worker holds them; else, of a single block, those that are done make room in L1.
   template <class Done>
-  void attend(const Task& t, Worker<Product>& x, int64_t first, int64_t last, bool with_sink, const Done& done) const {
+  void attend(const Task& t, Worker<Product>& x, int64_t first, int64_t last, bool with_sink, bool keep,
+              const Done& done) const {
+    keep = keep || last - first > block_keys_;
     int64_t block = first;
     do {
       const int64_t end = min64(block + block_keys_, last);
       for (int64_t i = 0; i < block_keys_ / tile_keys_; ++i) x.packed.data()[i] = false;
       for (int64_t row0 = 0; row0 < t.rows; row0 += kTileRows) {
-        const int64_t rows = min64(kTileRows, t.rows - row0);
-        if (block == first) begin(t, x, row0, rows, with_sink);
-        const RowsView seen = view_rows(p_.mask, t, group_, row0, rows);
+        const int64_t count = min64(kTileRows, t.rows - row0), slot = keep ? row0 : 0;
+        Rows rows{row0,
+                  count,
+                  x.q.data() + slot * q_steps_,
+                  x.acc.data() + slot * acc_width_,
+                  x.highest.data() + slot,
+                  x.total.data() + slot,
+                  block == first,
+                  view_rows(p_.mask, t, group_, row0, count)};
+        if (block == first) begin(t, rows, with_sink);
         for (int64_t key0 = block; key0 < end; key0 += tile_keys_)
-          tile(t, x, row0, rows, seen, block, key0, min64(tile_keys_, end - key0));
-        if (end >= last) done(row0, rows);
+          tile(t, x, rows, block, key0, min64(tile_keys_, end - key0));
+        if (rows.fresh) __builtin_memset(rows.acc, 0, count * acc_width_ * sizeof(float));
+        if (end >= last) done(rows);
       }
       block += block_keys_;
     } while (block < last);
   }
 
-  void begin(const Task& t, Worker<Product>& x, int64_t row0, int64_t rows, bool with_sink) const {
+  void begin(const Task& t, const Rows& rows, bool with_sink) const {
     const auto q_row = [&](TaskRow row) { return at(p_.q, p_.q_dtype, row.offset(t, group_, p_.q_strides)); };
-    for_task_rows(t, group_, row0, rows, [&](int64_t r, TaskRow row) {
-      load_row<Product>(q_row(row), p_.q_dtype, p_.shape.head_dim, q_steps_, x.q.data() + r * q_steps_);
-      begin_row(p_.mask, t.kv_head * group_ + row.head, with_sink, x.highest.data()[r], x.total.data()[r]);
+    for_task_rows(t, group_, rows.first, rows.count, [&](int64_t i, TaskRow row) {
+      load_row<Product>(q_row(row), p_.q_dtype, p_.shape.head_dim, q_steps_, rows.q + i * q_steps_);
+      begin_row(p_.mask, t.kv_head * group_ + row.head, with_sink, rows.highest[i], rows.total[i]);
     });
-    __builtin_memset(x.acc.data() + row0 * acc_width_, 0, rows * acc_width_ * sizeof(float));
     // The rows that come next are fetched while these meet their keys.
-    for_task_rows(t, group_, row0 + rows, min64(kTileRows, t.rows - row0 - rows), [&](int64_t, TaskRow row) {
+    const int64_t next = rows.first + rows.count;
+    for_task_rows(t, group_, next, min64(kTileRows, t.rows - next), [&](int64_t, TaskRow row) {
       const char* bytes = static_cast<const char*>(q_row(row));
       for (int64_t i = 0; i < p_.shape.head_dim * element_size(p_.q_dtype); i += 64) __builtin_prefetch(bytes + i);
     });
   }
 
-  // Rows [row0, row0 + rows) meet the keys [key0, key0 + count) of the block that starts at key `block`.
-  void tile(const Task& t, Worker<Product>& x, int64_t row0, int64_t rows, const RowsView& seen, int64_t block,
-            int64_t key0, int64_t count) const {
-    const TileView view = view_tile(p_.mask, t, group_, seen, key0, count, kLanes);
+  // Rows meet the keys [key0, key0 + count) of the block that starts at key `block`.
+  void tile(const Task& t, Worker<Product>& x, Rows& rows, int64_t block, int64_t key0, int64_t count) const {
+    const TileView view = view_tile(p_.mask, t, group_, rows.seen, key0, count, kLanes);
     if (view.end == 0) return;
     const int64_t k_steps = steps_of<Product>(p_.shape.head_dim);
     Elem *k = x.k_packed.data() + (key0 - block) * k_steps,
@@ -202,24 +221,23 @@ class Forward {
     bool& packed = x.packed.data()[(key0 - block) / tile_keys_];
     if (!packed) load_tile(t, x, key0, count, k, v);
     packed = true;
-    float *scores = x.scores.data(), *acc = x.acc.data() + row0 * acc_width_;
-    multiply_columns<Product>(rows, view.begin, view.stop, k_steps, x.q.data() + row0 * q_steps_, q_steps_, k, scores,
-                              tile_keys_);
-    if (view.partial || ready_first(p_.mask)) ready_and_mask(t, row0, rows, key0, view, scores);
+    float* scores = x.scores.data();
+    multiply_columns<Product>(rows.count, view.begin, view.stop, k_steps, rows.q, q_steps_, k, scores, tile_keys_);
+    if (view.partial || ready_first(p_.mask)) ready_and_mask(t, rows, key0, view, scores);
     typename Product::Value* weights = probabilities(x);
-    softmax_tile(exponent_factor(p_.mask), rows, view.begin, view.stop, tile_keys_, scores, weights,
-                 x.highest.data() + row0, x.total.data() + row0, acc, acc_width_);
+    softmax_tile(exponent_factor(p_.mask), rows.count, view.begin, view.stop, tile_keys_, scores, weights, rows.highest,
+                 rows.total, rows.acc, acc_width_);
     // acc += weights * v
-    multiply_panels<Product, true>(rows, acc_width_ / kPanel, steps_of<Product>(view.end - view.begin),
+    multiply_panels<Product, true>(rows.count, acc_width_ / kPanel, steps_of<Product>(view.end - view.begin),
                                    static_cast<const Elem*>(static_cast<const void*>(weights + view.begin)),
                                    tile_keys_ / Product::kStep, v + view.begin / Product::kStep * kPanel,
-                                   steps_of<Product>(count) * kPanel, acc, acc_width_, true);
+                                   steps_of<Product>(count) * kPanel, rows.acc, acc_width_, !rows.fresh);
+    rows.fresh = false;
   }
 
-  void ready_and_mask(const Task& t, int64_t row0, int64_t rows, int64_t key0, const TileView& view,
-                      float* scores) const {
-    for_task_rows(t, group_, row0, rows, [&](int64_t r, TaskRow row) {
-      float* line = scores + (r - row0) * tile_keys_;
+  void ready_and_mask(const Task& t, const Rows& rows, int64_t key0, const TileView& view, float* scores) const {
+    for_task_rows(t, group_, rows.first, rows.count, [&](int64_t i, TaskRow row) {
+      float* line = scores + i * tile_keys_;
       ready_scores(p_.mask, view.begin, view.stop, line);
       if (view.partial) mask_scores(p_.mask, t, group_, row.query, row.head, key0, view, line);
     });

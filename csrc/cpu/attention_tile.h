@@ -45,7 +45,9 @@ struct Task {
 };
 
 // All tasks of a call, but for the sequences that attention_decode() serves, in the order they are handed out: within a
-// sequence the last queries first, since under a causal mask they see the most keys.
+// sequence the last queries first, since under a causal mask they see the most keys. A few blocks of one KV head follow
+// each other before the next head's: rows of out of two heads lie side by side, and cores that write them at the same
+// time take each other's cache lines away (the hardware fetches ahead).
 class TaskList {
  public:
   TaskList(const AttentionShape& shape, int64_t queries_per_task)
@@ -61,12 +63,15 @@ class TaskList {
       (start_.data()[mid] <= i ? low : high) = mid;
     }
     const Sequence seq = sequence(shape_, low);
-    const int64_t rest = i - start_.data()[low], block = blocks(seq.num_q) - 1 - rest / shape_.kv_heads;
+    const int64_t rest = i - start_.data()[low], all = blocks(seq.num_q), per = kBlocksTogether * shape_.kv_heads;
+    const int64_t before = rest / per * kBlocksTogether, together = min64(kBlocksTogether, all - before);
+    const int64_t kv_head = rest % per / together, block = all - 1 - before - rest % per % together;
     const int64_t first = block * queries_, group = shape_.heads / shape_.kv_heads;
-    return {low, rest % shape_.kv_heads, first, min64(queries_, seq.num_q - first) * group, seq};
+    return {low, kv_head, first, min64(queries_, seq.num_q - first) * group, seq};
   }
 
  private:
+  static constexpr int64_t kBlocksTogether = 8;
   int64_t tasks(const Sequence& seq) const { return decodes(shape_, seq) ? 0 : blocks(seq.num_q) * shape_.kv_heads; }
   int64_t blocks(int64_t queries) const { return (queries + queries_ - 1) / queries_; }
   const AttentionShape& shape_;
@@ -252,12 +257,12 @@ struct TaskRow {
     return t.b * s.batch + (t.seq.q_start + query) * s.row + (t.kv_head * group + head) * s.head;
   }
 };
-// f(r, row) for the rows [row0, row0 + rows). Without a division for each, which costs as much as half of its loads.
+// f(i, row) for the rows row0 + i, i < rows. Without a division for each, which costs as much as half of its loads.
 template <class F>
 LLMCORE_INLINE void for_task_rows(const Task& t, int64_t group, int64_t row0, int64_t rows, const F& f) {
   TaskRow row{t.first_query + row0 / group, row0 % group};
-  for (int64_t r = row0; r < row0 + rows; ++r) {
-    f(r, row);
+  for (int64_t i = 0; i < rows; ++i) {
+    f(i, row);
     if (++row.head == group) row.head = 0, ++row.query;
   }
 }
@@ -344,17 +349,17 @@ inline void join_rows(float* acc, float& highest, float& total, const float* oth
   highest = top;
 }
 
-// Rows [row0, row0 + rows) of out and lse; acc, highest and total are those of the whole task.
+// Rows [row0, row0 + rows) of a task's out and lse, from their accumulators, maxima and sums.
 inline void write_rows(const AttentionParams& p, const Task& t, int64_t group, int64_t row0, int64_t rows,
                        const float* acc, int64_t width, const float* highest, const float* total) {
-  for_task_rows(t, group, row0, rows, [&](int64_t r, TaskRow row) {
+  for_task_rows(t, group, row0, rows, [&](int64_t i, TaskRow row) {
     void* out = const_cast<void*>(at(p.out, p.q_dtype, row.offset(t, group, p.out_strides)));
-    const float sum = total[r];
-    row_from_float(acc + r * width, p.q_dtype, p.shape.v_head_dim, sum == 0.f ? 0.f : 1.f / sum, out);
+    const float sum = total[i];
+    row_from_float(acc + i * width, p.q_dtype, p.shape.v_head_dim, sum == 0.f ? 0.f : 1.f / sum, out);
     if (!p.lse) return;
     const int64_t head = t.kv_head * group + row.head;
     p.lse[t.b * p.lse_batch + head * p.lse_head + t.seq.q_start + row.query] =
-        sum == 0.f ? kNegInf : highest[r] * kLn2 + __builtin_logf(sum);
+        sum == 0.f ? kNegInf : highest[i] * kLn2 + __builtin_logf(sum);
   });
 }
 

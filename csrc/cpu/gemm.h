@@ -62,6 +62,7 @@ template <class Product, int R, int Vectors>
 LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, int64_t a_row, int64_t a_step,
                                const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
   vf acc[R][Vectors];
+#pragma GCC unroll 16  // or GCC 12 keeps them in memory
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < Vectors; ++j) acc[r][j] = zero();
   for (int64_t s = 0; s < steps; ++s) {
@@ -74,6 +75,7 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
     b += kPanel;
   }
   // Added at the end, not carried through: short chains of additions lose less.
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < Vectors; ++j) {
       float* to = c + r * c_stride + j * kLanes;

@@ -68,6 +68,34 @@ inline void parallel_tasks(const Parallel& par, int64_t n, const F& f) {
   });
 }
 
+// The same, but a worker first takes the tasks w, w + workers, ..., whichever worker is ahead, and only then those that
+// others have not begun: from call to call the same rows are in the same core's cache.
+template <class F>
+inline void parallel_own_tasks(const Parallel& par, int64_t n, const F& f) {
+  constexpr int64_t kMaxWorkers = 256;
+  const int64_t workers = n < par.threads ? n : par.threads;
+  if (workers <= 1 || workers > kMaxWorkers) {
+    parallel_tasks(par, n, f);
+    return;
+  }
+  struct Ctx {
+    const F* f;
+    int64_t n, workers;
+    int64_t begun[kMaxWorkers];  // of each worker's own tasks, by itself or by others
+  } ctx{&f, n, workers, {}};
+  par.run(workers, &ctx, [](void* c, int64_t w) {
+    auto& x = *static_cast<Ctx*>(c);
+    for (int64_t i = 0; i < x.workers; ++i) {
+      const int64_t owner = (w + i) % x.workers;
+      for (;;) {
+        const int64_t task = owner + x.workers * __atomic_fetch_add(&x.begun[owner], 1, __ATOMIC_RELAXED);
+        if (task >= x.n) break;
+        (*x.f)(task, w);
+      }
+    }
+  });
+}
+
 // f(block, begin, end): rows [begin, end) of [0, rows) in blocks of kSumRows.
 template <class F>
 inline void parallel_row_blocks(const Parallel& par, int64_t rows, const F& f) {
