@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kTaskElems = 64 * 1024;
 constexpr int64_t kTaskRows = 32 * kTileRows;
 // Keys and values that a task has packed at a time, in packed elements.
-constexpr int64_t kPackedElems = 64 * 1024;
+constexpr int64_t kPackedElems = 96 * 1024;
 constexpr int64_t kMinSplitKeys = 256;
 
 template <class Product>
@@ -50,9 +50,9 @@ class Forward {
         group_(p.shape.heads / p.shape.kv_heads),
         acc_width_(round_up(p.shape.v_head_dim, kPanel)),
         q_steps_(steps_of<Product>(round_up(p.shape.head_dim, kLanes))),
-        queries_(queries_per_task()),
         tile_keys_(keys_per_tile()),
         block_keys_(keys_per_block()),
+        queries_(queries_per_task()),
         tasks_(p.shape, queries_) {}
 
   void run() {
@@ -128,6 +128,12 @@ class Forward {
     const AttentionShape& s = p_.shape;
     constexpr int64_t kStep = 4 * kTileRows;
     int64_t rows = max64(kStep, min64(kTaskElems / (q_steps_ + acc_width_) / kStep * kStep, kTaskRows));
+    // Where the window lets all keys of a task fit one block, its rows need not be held, and a larger task packs fewer
+    // keys that its neighbours pack too.
+    if (p_.mask.window > 0 && p_.mask.window < block_keys_) {
+      const int64_t queries = block_keys_ - (p_.mask.causal ? 1 : 2) * p_.mask.window;
+      rows = max64(rows, min64(queries * group_ / kStep * kStep, 2 * kTaskRows));
+    }
     // Smaller tasks when there would be fewer than eight for each thread: with 64 threads the last ones then end within
     // 2 % of each other (bench/balance.py).
     const int64_t total = (s.cu_q ? s.cu_q[s.batch] : s.batch * s.seq_q) * s.heads;
@@ -274,7 +280,7 @@ class Forward {
 
   const AttentionParams& p_;
   const Parallel& par_;
-  const int64_t group_, acc_width_, q_steps_, queries_, tile_keys_, block_keys_;
+  const int64_t group_, acc_width_, q_steps_, tile_keys_, block_keys_, queries_;
   const TaskList tasks_;
 };
 
