@@ -194,6 +194,7 @@ class Forward {
                   block == first,
                   view_rows(p_.mask, t, group_, row0, count)};
         if (block == first) begin(t, rows, with_sink);
+        if (end >= last) fetch_out(t, rows);
         for (int64_t key0 = block; key0 < end; key0 += tile_keys_)
           tile(t, x, rows, block, key0, min64(tile_keys_, end - key0));
         if (rows.fresh) __builtin_memset(rows.acc, 0, count * acc_width_ * sizeof(float));
@@ -214,6 +215,14 @@ class Forward {
     for_task_rows(t, group_, next, min64(kTileRows, t.rows - next), [&](int64_t, TaskRow row) {
       const char* bytes = static_cast<const char*>(q_row(row));
       for (int64_t i = 0; i < p_.shape.head_dim * element_size(p_.q_dtype); i += 64) __builtin_prefetch(bytes + i);
+    });
+  }
+
+  // The lines of out that these rows will be written to, while they meet their last keys.
+  void fetch_out(const Task& t, const Rows& rows) const {
+    for_task_rows(t, group_, rows.first, rows.count, [&](int64_t, TaskRow row) {
+      const char* bytes = static_cast<const char*>(at(p_.out, p_.q_dtype, row.offset(t, group_, p_.out_strides)));
+      for (int64_t i = 0; i < p_.shape.v_head_dim * element_size(p_.q_dtype); i += 64) __builtin_prefetch(bytes + i, 1);
     });
   }
 
