@@ -45,9 +45,7 @@ struct Task {
 };
 
 // All tasks of a call, but for the sequences that attention_decode() serves, in the order they are handed out: within a
-// sequence the last queries first, since under a causal mask they see the most keys. A few blocks of one KV head follow
-// each other before the next head's: rows of out of two heads lie side by side, and cores that write them at the same
-// time take each other's cache lines away (the hardware fetches ahead).
+// sequence the last queries first, since under a causal mask they see the most keys.
 class TaskList {
  public:
   TaskList(const AttentionShape& shape, int64_t queries_per_task)
@@ -63,15 +61,12 @@ class TaskList {
       (start_.data()[mid] <= i ? low : high) = mid;
     }
     const Sequence seq = sequence(shape_, low);
-    const int64_t rest = i - start_.data()[low], all = blocks(seq.num_q), per = kBlocksTogether * shape_.kv_heads;
-    const int64_t before = rest / per * kBlocksTogether, together = min64(kBlocksTogether, all - before);
-    const int64_t kv_head = rest % per / together, block = all - 1 - before - rest % per % together;
+    const int64_t rest = i - start_.data()[low], block = blocks(seq.num_q) - 1 - rest / shape_.kv_heads;
     const int64_t first = block * queries_, group = shape_.heads / shape_.kv_heads;
-    return {low, kv_head, first, min64(queries_, seq.num_q - first) * group, seq};
+    return {low, rest % shape_.kv_heads, first, min64(queries_, seq.num_q - first) * group, seq};
   }
 
  private:
-  static constexpr int64_t kBlocksTogether = 8;
   int64_t tasks(const Sequence& seq) const { return decodes(shape_, seq) ? 0 : blocks(seq.num_q) * shape_.kv_heads; }
   int64_t blocks(int64_t queries) const { return (queries + queries_ - 1) / queries_; }
   const AttentionShape& shape_;
