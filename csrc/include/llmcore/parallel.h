@@ -92,12 +92,15 @@ inline void parallel_own_tasks(const Parallel& par, int64_t n, const F& f) {
   });
 }
 
-// f(block, begin, end): rows [begin, end) of [0, rows) in blocks of kSumRows.
+// f(block, begin, end): rows [begin, end) of [0, rows) in blocks of kSumRows. A thread takes about the rows that it
+// takes in parallel_ranges: a backward pass finds what the forward pass left in its core's cache.
 template <class F>
 inline void parallel_row_blocks(const Parallel& par, int64_t rows, const F& f) {
-  parallel_tasks(par, (rows + kSumRows - 1) / kSumRows, [&](int64_t block, int64_t) {
-    const int64_t begin = block * kSumRows, end = begin + kSumRows;
-    f(block, begin, end < rows ? end : rows);
+  parallel_ranges(par, (rows + kSumRows - 1) / kSumRows, 1, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kSumRows, end = begin + kSumRows;
+      f(block, begin, end < rows ? end : rows);
+    }
   });
 }
 
