@@ -9,11 +9,10 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-// Working set of a task in 32-bit elements (q, accumulator): about half of a 512 KiB L2.
-constexpr int64_t kTaskElems = 64 * 1024;
+// What a task holds, in 32-bit elements: queries and accumulators of its rows, which pass once for every block of keys,
+// and the packed keys and values of a block. Together 640 KiB of an L2 of 1 MiB.
+constexpr int64_t kTaskElems = 64 * 1024, kPackedElems = 96 * 1024;
 constexpr int64_t kTaskRows = 32 * kTileRows;
-// Keys and values that a task has packed at a time, in packed elements.
-constexpr int64_t kPackedElems = 96 * 1024;
 constexpr int64_t kMinSplitKeys = 256;
 
 template <class Product>
@@ -144,9 +143,7 @@ class Forward {
   int64_t choose_splits() const {
     const int64_t tasks = tasks_.size();
     if (tasks == 0 || tasks >= par_.threads) return 1;
-    int64_t longest = 0;
-    for (int64_t b = 0; b < p_.shape.batch; ++b) longest = max64(longest, sequence(p_.shape, b).num_k);
-    return max64(1, min64((2 * par_.threads + tasks - 1) / tasks, longest / kMinSplitKeys));
+    return max64(1, min64((2 * par_.threads + tasks - 1) / tasks, longest_keys() / kMinSplitKeys));
   }
 
   // The union of what the task's rows see by position.
@@ -161,7 +158,14 @@ class Forward {
 
   int64_t keys_per_block() const {
     const int64_t of_key = steps_of<Product>(p_.shape.head_dim) + acc_width_ / Product::kStep;
-    return max64(1, kPackedElems / of_key / tile_keys_) * tile_keys_;
+    return max64(1, min64(kPackedElems / of_key / tile_keys_, (longest_keys() + tile_keys_ - 1) / tile_keys_)) *
+           tile_keys_;
+  }
+
+  int64_t longest_keys() const {
+    int64_t longest = 0;
+    for (int64_t b = 0; b < p_.shape.batch; ++b) longest = max64(longest, sequence(p_.shape, b).num_k);
+    return longest;
   }
 
   // Rows [first, first + count) of a task, up to kTileRows, and what the worker holds of them.

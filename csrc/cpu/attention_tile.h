@@ -3,7 +3,7 @@
 //
 // A task is a block of queries of one sequence together with all query heads that share one KV head ("the group"), so
 // that a packed tile of keys serves them all. Its rows are ordered query-major: row r is query first_query + r / group,
-// head kv_head * group + r % group. Rows are worked on in sub-blocks of kSubRows.
+// head kv_head * group + r % group.
 #pragma once
 #include "gemm.h"
 #include "llmcore/attention.h"
