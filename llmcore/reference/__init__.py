@@ -13,6 +13,7 @@ from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_di
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.optim import adamw_, global_norm
 from llmcore.reference.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
+from llmcore.reference.quantized import dequantize, pack_quantized, quantize, quantized_embedding, quantized_linear
 from llmcore.reference.rope import rope, rope_
 from llmcore.reference.sampling import apply_penalties_, sample, sampling_probabilities
 
@@ -21,6 +22,7 @@ __all__ = [
     "adamw_",
     "apply_penalties_",
     "attention",
+    "dequantize",
     "dyt",
     "geglu",
     "global_norm",
@@ -34,10 +36,14 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "moe_sort",
+    "pack_quantized",
     "paged_attention",
     "qk_norm_rope",
     "qk_norm_rope_cache_write",
     "quantise",
+    "quantize",
+    "quantized_embedding",
+    "quantized_linear",
     "rms_norm",
     "rope",
     "rope_",
