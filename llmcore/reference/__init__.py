@@ -13,7 +13,14 @@ from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_di
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.optim import adamw_, global_norm
 from llmcore.reference.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
-from llmcore.reference.quantized import dequantize, pack_quantized, quantize, quantized_embedding, quantized_linear
+from llmcore.reference.quantized import (
+    dequantize,
+    pack_quantized,
+    quantize,
+    quantized_embedding,
+    quantized_linear,
+    unpack_quantized,
+)
 from llmcore.reference.rope import rope, rope_
 from llmcore.reference.sampling import apply_penalties_, sample, sampling_probabilities
 
@@ -50,4 +57,5 @@ __all__ = [
     "sample",
     "sampling_probabilities",
     "swiglu",
+    "unpack_quantized",
 ]

@@ -12,17 +12,16 @@ blocks of a file and the layout of the kernels ("packed") are both read into it 
 
 Packed: panels of 16 rows, the last one padded with zeros. A panel of a matrix is
 
+    the scales, 16 rows of each kind together
+        q4_0 ... q8_0: for each 32 weights d and, where the format has it, m
+        q4_k, q5_k:    for each 256 weights d and m, then 8 times sc and mn
+        q6_k:          for each 256 weights d, then 8 times the two sc of 32 weights
+    up to a multiple of 64 bytes; then
     for each 32 weights along k: lines of 64 bytes, each 16 rows x 4 adjacent weights. With the weights' 8 groups of 4:
         8 bits: 8 lines, q of group g
         else:   4 lines, the low 4 bits of q, of group g in the low and of group g + 4 in the high half of each byte
         5 bits: 1 line, bit g of a byte is the highest bit of q in group g
         6 bits: 2 lines, bits 2 (g % 4) and the next of a byte in line g / 4 are the two highest bits of q in group g
-    then the scales, 16 rows of each kind together
-        q4_0 ... q8_0: for each 32 weights d and, where the format has it, m
-        q4_k, q5_k:    for each 256 weights d and m, then 8 times sc and mn
-        q6_k:          for each 256 weights d, then 8 times the two sc of 32 weights
-
-rounded up to a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -67,11 +66,12 @@ class Format:
     def has_min(self) -> bool:
         return self.offset == 0
 
+    def packed_scale_bytes(self, k: int) -> int:
+        scales = k // self.block * (32 * (1 + self.has_min) + 256 * self.nested)
+        return -(-scales // LINE) * LINE
+
     def packed_panel_bytes(self, k: int) -> int:
-        scales = k // self.block * 32 * (1 + self.has_min)
-        if self.nested:
-            scales += k // 32 * 32
-        return -(-(k // 32 * LINE * self.bits + scales) // LINE) * LINE
+        return self.packed_scale_bytes(k) + k // 32 * LINE * self.bits
 
     def packed_bytes(self, n: int, k: int) -> int:
         return -(-n // PANEL) * self.packed_panel_bytes(k)
@@ -294,8 +294,8 @@ def pack_quantized(blocks: Tensor, format: str) -> Tensor:
             groups.append(_by_panel(fields.mn, 8).unflatten(2, (8, 1)))
         scales.append(torch.cat(groups, -2).flatten(2))
     scales = torch.cat(scales, -1).flatten(1)
-    padding = f.packed_panel_bytes(k) - quants.shape[1] - scales.shape[1]
-    return torch.cat([quants, scales, scales.new_zeros(len(scales), padding)], 1).flatten()
+    padding = scales.new_zeros(len(scales), f.packed_scale_bytes(k) - scales.shape[1])
+    return torch.cat([scales, padding, quants], 1).flatten()
 
 
 def _shape_of(blocks: Tensor, format: Format) -> tuple[int, int]:
@@ -310,8 +310,7 @@ def _shape_of(blocks: Tensor, format: Format) -> tuple[int, int]:
 def fields_of_packed(packed: Tensor, format: Format, n: int, k: int) -> Fields:
     """packed: whole panels, of which the first n rows are taken."""
     panels = packed.view(-(-n // PANEL), format.packed_panel_bytes(k))
-    quant_bytes = k // 32 * LINE * format.bits
-    lines = panels[:, :quant_bytes].unflatten(1, (k // 32, format.bits, PANEL, 4))
+    lines = panels[:, format.packed_scale_bytes(k) :].unflatten(1, (k // 32, format.bits, PANEL, 4))
     if format.bits == 8:
         q = lines
     else:
@@ -324,7 +323,7 @@ def fields_of_packed(packed: Tensor, format: Format, n: int, k: int) -> Fields:
     blocks = k // format.block
     halves = 32 * (1 + format.has_min)
     step = halves + 256 * format.nested
-    scales = panels[:, quant_bytes : quant_bytes + blocks * step].unflatten(1, (blocks, step))
+    scales = panels[:, : blocks * step].unflatten(1, (blocks, step))
     d = _view(scales[..., :halves], torch.float16).unflatten(-1, (-1, PANEL))
     fields.d = _by_row(d[:, :, :1], n)
     if format.has_min:

@@ -1,0 +1,182 @@
+// y = x W^T + bias with quantised W. x is rounded to int8 by blocks of 32, the products in a block are summed as
+// integers, and blocks are added in float32, in their order:
+//
+//   sum += d_x (scale * dot) + (d_x * sum_x) addend        dot = sum q x_q, less offset * sum_x
+//
+// A register tile holds kLanes rows of W (a panel, or a part of it) and up to kTileRows rows of x. For each block the
+// panel's lines become 8 vectors of bytes, which stay in registers while the rows of x pass; a row of x is read 4 bytes
+// at a time, broadcast. So one kernel serves one row, where the memory that holds W binds, and hundreds, where the
+// integer products do.
+#include "llmcore/quantized_linear.h"
+
+#include "dot_int8.h"
+#include "quantized_panel.h"
+#include "scratch.h"
+
+namespace llmcore {
+namespace cpu {
+namespace LLMCORE_ISA {
+namespace {
+
+#if defined(__AVX512F__) || defined(LLMCORE_EMULATE_AVX512BF16)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;  // 16 registers: 8 of them hold the block of W
+#endif
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+constexpr int64_t kSerialBytes = 32768;     // of W that one thread multiplies before a second would have started
+constexpr int64_t kTasksPerThread = 4;      // long stretches of memory for each thread, and yet some to even out
+constexpr int64_t kChunkBytes = 384 << 10;  // of rounded x that stays in L2 while panels of W pass
+constexpr int64_t kAhead = 4096;            // bytes of W between what is prefetched and what is multiplied
+
+// 32 elements of a row of x, rounded.
+struct XBlock {
+  int8_t q[kQuantBlock];
+  float scale;
+  float scaled_sum;  // scale * (sum of q)
+  int32_t start[2];  // -offset * (sum of q), or of its two halves
+};
+
+// The largest block of a row of x whose magnitudes are too small for 127 / largest; it becomes zeros.
+constexpr float kSmallest = 0x1p-100f;
+
+LLMCORE_INLINE void store_low_bytes(int8_t* p, vi x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x));
+#else
+  const vb b = __builtin_convertvector(x, vb);
+  __builtin_memcpy(p, &b, sizeof(b));
+#endif
+}
+
+// x[i] -> out, by the rule of `quantize_activations` in llmcore/reference/quantized.py, but that of a row with an
+// element that is not finite only the first block has NaN for its scale: as good for the row's sums.
+template <class T>
+void round_row(const T* x, int64_t k, int offset, bool halves, XBlock* out) {
+  constexpr int kVectors = kQuantBlock / kLanes;
+  vi bad{};
+  for (int64_t b = 0; b < k / kQuantBlock; ++b, x += kQuantBlock) {
+    vf v[kVectors], largest = zero();
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = load(x + i * kLanes);
+      const vf magnitude = abs(v[i]);
+      bad |= bit_cast<vi>(magnitude) >= 0x7f800000;
+      largest = max(largest, magnitude);
+    }
+    const float top = reduce_max(largest), inverse = top >= kSmallest ? 127.f / top : 0.f;
+    vf sums[2] = {zero(), zero()};
+    for (int i = 0; i < kVectors; ++i) {
+      const vf shifted = rounded(v[i] * inverse) + kRoundMagic;
+      sums[i / (kVectors / 2)] += shifted - kRoundMagic;  // integers: exact in any order
+      store_low_bytes(out[b].q + i * kLanes, bit_cast<vi>(shifted));
+    }
+    out[b].scale = top / 127.f;
+    const float sum = reduce_sum(sums[0] + sums[1]), first = halves ? reduce_sum(sums[0]) : sum;
+    out[b].scaled_sum = out[b].scale * sum;
+    out[b].start[0] = -offset * static_cast<int32_t>(first);
+    out[b].start[1] = -offset * static_cast<int32_t>(sum - first);
+  }
+  if (k > 0 && reduce_max(__builtin_convertvector(-bad, vf)) > 0) out[0].scale = out[0].scaled_sum = __builtin_nanf("");
+}
+
+// kLanes rows of W, from row `lane` of a panel, times R rows of x, x_stride blocks apart.
+template <class F, int R>
+void tile(const uint8_t* panel, int64_t scale_bytes, int lane, int64_t blocks, const XBlock* x, int64_t x_stride,
+          vf* sums) {
+  vf acc[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) acc[r] = zero();
+  const uint8_t* lines = panel + scale_bytes + lane * 4;
+  for (int64_t b = 0; b < blocks; ++b, lines += F::kBlockBytes, ++x) {
+    if constexpr (R <= 4) {
+#pragma GCC unroll 8
+      for (int l = 0; l <= F::kBits; ++l) __builtin_prefetch(lines + kAhead + l * 64, 0, 2);
+    }
+    vu w[kGroups];
+    load_groups<F>(lines, w);
+    const PanelScales s = load_scales<F>(panel, b, lane);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const XBlock& xb = x[r * x_stride];
+      const auto products = [&](auto half, auto count) {
+        constexpr int kHalf = decltype(half)::value, kCount = decltype(count)::value;
+        const vi dot = dot_int8<F::kBits, kCount>(set1_i(xb.start[kHalf]), w + kHalf * 4, xb.q + kHalf * 16);
+        acc[r] = fma(set1(xb.scale), s.scale[kHalf] * __builtin_convertvector(dot, vf), acc[r]);
+      };
+      if constexpr (F::kHasMin) acc[r] = fma(set1(xb.scaled_sum), s.addend, acc[r]);
+      if constexpr (F::kHalves) {
+        products(Int<0>{}, Int<4>{});
+        products(Int<1>{}, Int<4>{});
+      } else {
+        products(Int<0>{}, Int<8>{});
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r] = acc[r];
+}
+
+// Rows [begin, end) of x times a panel: y[r][j] for its `n` <= 16 columns.
+template <class F, class T>
+void panel_product(const QuantizedLinearParams& p, const XBlock* x, int64_t begin, int64_t end, int64_t j) {
+  const int64_t blocks = p.k / kQuantBlock, scale_bytes = quant_scale_bytes(F::kLayout, p.k);
+  const uint8_t* panel = p.weight + j / kQuantPanel * quant_panel_bytes(F::kLayout, p.k);
+  for (int lane = 0; lane < kQuantPanel && j + lane < p.n; lane += kLanes) {
+    const int64_t n = p.n - j - lane < kLanes ? p.n - j - lane : kLanes;
+    const vf bias = p.bias ? load_n(static_cast<const T*>(p.bias) + j + lane, n) : zero();
+    T* y = static_cast<T*>(p.y) + j + lane;
+    for (int64_t r = begin; r < end;) {
+      const int64_t left = end - r;
+      const int rows = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const auto multiply = rows == 8   ? tile<F, kTileRows>
+                            : rows == 4 ? tile<F, 4>
+                            : rows == 2 ? tile<F, 2>
+                                        : tile<F, 1>;
+      vf sums[kTileRows];
+      multiply(panel, scale_bytes, lane, blocks, x + r * blocks, blocks, sums);
+      for (int i = 0; i < rows; ++i) store_n(y + (r + i) * p.y_stride, sums[i] + bias, n);
+      r += rows;
+    }
+  }
+}
+
+template <class F, class T>
+void forward(const QuantizedLinearParams& p, const Parallel& par) {
+  if (p.rows == 0 || p.n == 0) return;
+  const int64_t blocks = p.k / kQuantBlock, panels = (p.n + kQuantPanel - 1) / kQuantPanel;
+  const Scratch<XBlock> x(p.rows * blocks);
+  parallel_ranges(par, p.rows, row_grain(p.k + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      round_row(static_cast<const T*>(p.x) + r * p.x_stride, p.k, F::kBits == 8 && kDotSubtracts ? 0 : F::kOffset,
+                F::kHalves, x.data() + r * blocks);
+  });
+  // Tasks are stretches of W times chunks of x.
+  const int64_t row_bytes = blocks * static_cast<int64_t>(sizeof(XBlock)) + 1;
+  const int64_t most =
+      kChunkBytes / row_bytes > kTileRows ? kChunkBytes / row_bytes / kTileRows * kTileRows : kTileRows;
+  const int64_t chunks = (p.rows + most - 1) / most;
+  const int64_t work = panels * quant_panel_bytes(F::kLayout, p.k) * p.rows;
+  int64_t stretches = par.threads == 1 || work <= kSerialBytes ? 1 : par.threads * kTasksPerThread;
+  if (stretches > panels) stretches = panels;
+  parallel_tasks(par, chunks * stretches, [&](int64_t task, int64_t) {
+    const int64_t chunk = task / stretches, stretch = task % stretches;
+    const int64_t begin = chunk * most, end = begin + most < p.rows ? begin + most : p.rows;
+    for (int64_t i = panels * stretch / stretches; i < panels * (stretch + 1) / stretches; ++i)
+      panel_product<F, T>(p, x.data(), begin, end, i * kQuantPanel);
+  });
+}
+
+}  // namespace
+
+void quantized_linear(const QuantizedLinearParams& p, const Parallel& par) {
+  LLMCORE_DISPATCH_QUANT(p.format, F, LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<F, T>(p, par)))
+}
+
+}  // namespace LLMCORE_ISA
+}  // namespace cpu
+}  // namespace llmcore
