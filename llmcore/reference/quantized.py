@@ -464,7 +464,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(-1)
     finite = largest.isfinite()
     scale = torch.where(finite, largest / 127, torch.nan)
-    inverse = torch.where(finite & (largest >= 2.0**-100), 127 / largest, 0)
+    top = torch.full_like(largest, 127)  # `127 / largest` would be two roundings: torch multiplies by 1 / largest
+    inverse = torch.where(finite & (largest >= 2.0**-100), top / largest, 0)
     q = torch.where(finite.unsqueeze(-1), (blocks * inverse.unsqueeze(-1)).round(), 0)
     return q.to(torch.int8), scale
 
