@@ -19,7 +19,7 @@ Tensor checked_weight(const Tensor& packed, const Tensor& like, QuantFormat form
                       const std::string& op) {
   const QuantLayout& f = layout_of(format);
   check_device(packed, like, (op + ": packed").c_str());
-  LLMCORE_CHECK(n >= 0 && k >= 0, op, ": a matrix of ", n, " rows of ", k, " weights; accepted: 0 or more");
+  LLMCORE_CHECK(n >= 0 && k >= 0, op, ": a matrix (", n, ", ", k, "); accepted: sizes from 0 on");
   LLMCORE_CHECK(k % f.block == 0, op, ": rows have ", k, " weights; accepted of ", f.name, ": multiples of ", f.block);
   const int64_t bytes = (n + kQuantPanel - 1) / kQuantPanel * quant_panel_bytes(f, k);
   LLMCORE_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes, op,
@@ -28,20 +28,18 @@ Tensor checked_weight(const Tensor& packed, const Tensor& like, QuantFormat form
   return dense(packed);
 }
 
-Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::string& format, int64_t out_features,
-                        const OptTensor& bias) {
-  const DType dtype = float_dtype(x, "quantized_linear: x");
-  const QuantFormat f = format_named(format, "quantized_linear");
-  LLMCORE_CHECK(x.dim() >= 1, "quantized_linear: x is a scalar; expected (..., k)");
-  const int64_t n = out_features, k = x.size(-1);
-  const Tensor weight = checked_weight(packed, x, f, n, k, "quantized_linear");
-  if (bias) check_like(*bias, x, {n}, "quantized_linear: bias", "x");
+// y: (x's rows, n), its rows y_stride elements apart.
+void multiply(const Tensor& x, const Tensor& packed, const std::string& format, const OptTensor& bias, Tensor& y,
+              int64_t n, int64_t y_stride, const std::string& op) {
+  const DType dtype = float_dtype(x, (op + ": x").c_str());
+  const QuantFormat f = format_named(format, op.c_str());
+  const int64_t k = x.size(-1);
+  const Tensor weight = checked_weight(packed, x, f, n, k, op);
+  if (bias) check_like(*bias, x, {n}, (op + ": bias").c_str(), "x");
   int64_t rows = 1;
-  std::vector<int64_t> shape(x.dim(), n);
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= shape[d] = x.size(d);
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
   const Rows x_rows = as_rows(x);
   const OptTensor b = bias ? OptTensor(dense(*bias)) : std::nullopt;
-  Tensor y = empty(x, shape);
   const QuantizedLinearParams p{dtype,
                                 f,
                                 rows,
@@ -52,9 +50,34 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::string
                                 static_cast<const uint8_t*>(weight.const_data_ptr()),
                                 b ? b->const_data_ptr() : nullptr,
                                 y.mutable_data_ptr(),
-                                n};
+                                y_stride};
   cpu::quantized_linear(p, torch_parallel());
+}
+
+Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::string& format, int64_t out_features,
+                        const OptTensor& bias) {
+  LLMCORE_CHECK(x.dim() >= 1, "quantized_linear: x is a scalar; expected (..., k)");
+  LLMCORE_CHECK(out_features >= 0, "quantized_linear: out_features is ", out_features, "; accepted: 0 or more");
+  std::vector<int64_t> shape(x.dim(), out_features);
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape[d] = x.size(d);
+  Tensor y = empty(x, shape);
+  multiply(x, packed, format, bias, y, out_features, out_features, "quantized_linear");
   return y;
+}
+
+void quantized_linear_(Tensor y, const Tensor& x, const Tensor& packed, const std::string& format,
+                       const OptTensor& bias) {
+  LLMCORE_CHECK(x.dim() >= 1, "quantized_linear_: x is a scalar; expected (..., k)");
+  check_device(y, x, "quantized_linear_: y");
+  check_same_dtype(y, x, "quantized_linear_: y", "x");
+  bool fits = y.dim() == x.dim();
+  for (int64_t d = 0; fits && d + 1 < x.dim(); ++d) fits = y.size(d) == x.size(d);
+  LLMCORE_CHECK(fits, "quantized_linear_: y has shape ", shape_text(y), ", but x has shape ", shape_text(x),
+                "; all but their last dimensions must be equal");
+  check_writable(y, "quantized_linear_: y");
+  const std::optional<int64_t> stride = row_stride(y);
+  LLMCORE_CHECK(stride, "quantized_linear_: the rows of y do not lie at one distance from each other");
+  multiply(x, packed, format, bias, y, y.size(-1), *stride, "quantized_linear_");
 }
 
 Tensor pack_quantized(const Tensor& blocks, const std::string& format) {
@@ -101,6 +124,7 @@ Tensor quantized_embedding(const Tensor& ids, const Tensor& packed, const std::s
 // On CUDA these are torch's products and gathers (llmcore/ops/quantized_linear.py).
 STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("quantized_linear_", TORCH_BOX(&quantized_linear_));
   m.impl("pack_quantized", TORCH_BOX(&pack_quantized));
   m.impl("quantized_embedding", TORCH_BOX(&quantized_embedding));
 }

@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
       "Tensor? row_of, str activation, bool need_dx, bool need_dgate_up) -> (Tensor dx, Tensor dgate_up)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
   m.def("quantized_linear(Tensor x, Tensor packed, str format, int out_features, Tensor? bias) -> Tensor y");
+  m.def("quantized_linear_(Tensor(a!) y, Tensor x, Tensor packed, str format, Tensor? bias) -> ()");
   m.def("pack_quantized(Tensor blocks, str format) -> Tensor packed");
   m.def(
       "quantized_embedding(Tensor ids, Tensor packed, str format, int num_embeddings, int dim, ScalarType dtype) -> "

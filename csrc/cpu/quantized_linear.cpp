@@ -85,7 +85,8 @@ void round_row(const T* x, int64_t k, int offset, bool halves, XBlock* out) {
 }
 
 // kLanes rows of W, from row `lane` of a panel, times R rows of x, x_stride blocks apart.
-template <class F, int R>
+// The first tile of a panel has it from memory (Stream), and prefetches what follows.
+template <class F, int R, bool Stream>
 void tile(const uint8_t* panel, int64_t scale_bytes, int lane, int64_t blocks, const XBlock* x, int64_t x_stride,
           vf* sums) {
   vf acc[R];
@@ -93,7 +94,7 @@ void tile(const uint8_t* panel, int64_t scale_bytes, int lane, int64_t blocks, c
   for (int r = 0; r < R; ++r) acc[r] = zero();
   const uint8_t* lines = panel + scale_bytes + lane * 4;
   for (int64_t b = 0; b < blocks; ++b, lines += F::kBlockBytes, ++x) {
-    if constexpr (R <= 4) {
+    if constexpr (Stream) {
 #pragma GCC unroll 8
       for (int l = 0; l <= F::kBits; ++l) __builtin_prefetch(lines + kAhead + l * 64, 0, 2);
     }
@@ -121,6 +122,14 @@ void tile(const uint8_t* panel, int64_t scale_bytes, int lane, int64_t blocks, c
   for (int r = 0; r < R; ++r) sums[r] = acc[r];
 }
 
+template <class F, bool Stream>
+auto tile_of(int rows) {
+  return rows == kTileRows ? tile<F, kTileRows, Stream>
+         : rows == 4       ? tile<F, 4, Stream>
+         : rows == 2       ? tile<F, 2, Stream>
+                           : tile<F, 1, Stream>;
+}
+
 // Rows [begin, end) of x times a panel: y[r][j] for its `n` <= 16 columns.
 template <class F, class T>
 void panel_product(const QuantizedLinearParams& p, const XBlock* x, int64_t begin, int64_t end, int64_t j) {
@@ -133,10 +142,7 @@ void panel_product(const QuantizedLinearParams& p, const XBlock* x, int64_t begi
     for (int64_t r = begin; r < end;) {
       const int64_t left = end - r;
       const int rows = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      const auto multiply = rows == 8   ? tile<F, kTileRows>
-                            : rows == 4 ? tile<F, 4>
-                            : rows == 2 ? tile<F, 2>
-                                        : tile<F, 1>;
+      const auto multiply = r == begin ? tile_of<F, true>(rows) : tile_of<F, false>(rows);
       vf sums[kTileRows];
       multiply(panel, scale_bytes, lane, blocks, x + r * blocks, blocks, sums);
       for (int i = 0; i < rows; ++i) store_n(y + (r + i) * p.y_stride, sums[i] + bias, n);

@@ -21,7 +21,7 @@ _TABLE_ELSE = "q6_k"
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer over a quantised weight, in place of `Linear`.
+    """A linear layer over a quantised weight, in place of `Linear`; for calls that ask for no gradient.
 
     The weight's rows may come in parts of different formats, one below the other, as the fused query, key and value
     rows of files that keep values in a finer format. Adjacent parts of one format are joined.
@@ -57,12 +57,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features). Gives (..., out_features)."""
-        outputs, begin = [], 0
+        if len(self.parts) == 1:
+            return ops.quantized_linear(x, self.packed0, self.parts[0][0], self.out_features, self.bias)
+        y, begin = x.new_empty(*x.shape[:-1], self.out_features), 0
         for i, (format, rows) in enumerate(self.parts):
             bias = None if self.bias is None else self.bias[begin : begin + rows]
-            outputs.append(ops.quantized_linear(x, getattr(self, f"packed{i}"), format, rows, bias))
+            ops.quantized_linear_(y[..., begin : begin + rows], x, getattr(self, f"packed{i}"), format, bias)
             begin += rows
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return y
 
     def extra_repr(self) -> str:
         parts = ", ".join(f"{format} x {rows}" for format, rows in self.parts)

@@ -38,6 +38,23 @@ def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, 
     return torch.ops.llmcore.quantized_linear(x, packed, format, out_features, bias)
 
 
+def quantized_linear_(y: Tensor, x: Tensor, packed: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+    """`quantized_linear` into y, which it gives back: of a product whose weight has parts in several formats, each
+    part writes its own columns.
+
+    Args:
+        y: (..., out_features), x's dtype, its last dimension contiguous and its rows at one distance from each other,
+            such as y_of_all_parts[..., begin:end].
+        x, packed, format, bias: as of `quantized_linear`. x may ask for no gradient here.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise NotImplementedError("quantized_linear_ has no gradient")
+    if not use_kernel("quantized_linear_", y):
+        return reference.quantized_linear_(y, x, packed, format, bias)
+    torch.ops.llmcore.quantized_linear_(y, x, packed, format, bias)
+    return y
+
+
 def pack_quantized(blocks: Tensor, format: str) -> Tensor:
     """Blocks as in a GGUF file -> the layout that the kernels read, which takes as much memory give or take 4 %.
 
@@ -76,6 +93,11 @@ def _(x, packed, format, out_features, bias):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+@register_fake("quantized_linear_")
+def _(y, x, packed, format, bias):
+    return None
+
+
 @register_fake("pack_quantized")
 def _(blocks, format):
     f = format_named(format)
@@ -89,6 +111,7 @@ def _(ids, packed, format, num_embeddings, dim, dtype):
 
 
 refuse_gradient("quantized_linear")
+torch.library.impl("llmcore::quantized_linear_", "CUDA", lambda *args: (reference.quantized_linear_(*args), None)[1])
 for _name in ("quantized_linear", "pack_quantized", "quantized_embedding"):
     torch.library.impl(f"llmcore::{_name}", "CUDA", getattr(reference, _name))
 
@@ -132,6 +155,26 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("zeros and small numbers", (small, *rest))
 
 
+def _part_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    """Calls of `_into_columns`."""
+    for sample in _samples(dtype, device):
+        x, packed, format, n, *bias = sample.args
+        for wide in (0, 3):
+            y = torch.full((*x.shape[:-1], n + 2 * wide), 7.0, dtype=dtype, device=device)
+            yield Sample(f"{sample.label} of {n + 2 * wide}", (y, x, packed, format, wide, *bias))
+
+
+def _into_columns(function):
+    """`function` on columns of a copy of y; gives all of it, so that the other columns are compared too."""
+
+    def call(y: Tensor, x: Tensor, packed: Tensor, format: str, wide: int, bias: Tensor | None = None) -> Tensor:
+        y = y.clone()
+        function(y[..., wide : y.shape[-1] - wide], x, packed, format, bias)
+        return y
+
+    return call
+
+
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     make = torch.Generator().manual_seed(0)
     for format in ("q4_0", "q8_0", "q4_k"):
@@ -153,6 +196,19 @@ register(
         benchmarks=_benchmarks,
         flops=lambda s: 2.0 * s.args[0].numel() * s.args[3],
         bytes=lambda s: s.args[1].nbytes,
+    )
+)
+
+
+register(
+    OpSpec(
+        name="quantized_linear_",
+        op=_into_columns(quantized_linear_),
+        reference=_into_columns(reference.quantized_linear_),
+        torch_ops=("quantized_linear_",),
+        samples=_part_samples,
+        dtypes=CPU_AND_CUDA,
+        features=("into columns of a wider result",),
     )
 )
 

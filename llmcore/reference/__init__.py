@@ -20,6 +20,7 @@ from llmcore.reference.quantized import (
     quantize_activations,
     quantized_embedding,
     quantized_linear,
+    quantized_linear_,
     unpack_quantized,
 )
 from llmcore.reference.rope import rope, rope_
@@ -53,6 +54,7 @@ __all__ = [
     "quantize_activations",
     "quantized_embedding",
     "quantized_linear",
+    "quantized_linear_",
     "rms_norm",
     "rope",
     "rope_",

@@ -483,6 +483,11 @@ def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, 
     return y.to(x.dtype)
 
 
+def quantized_linear_(y: Tensor, x: Tensor, packed: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+    """See `llmcore.ops.quantized_linear_`."""
+    return y.copy_(quantized_linear(x, packed, format, y.shape[-1], bias))
+
+
 def quantized_embedding(
     ids: Tensor, packed: Tensor, format: str, num_embeddings: int, dim: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
