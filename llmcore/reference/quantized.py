@@ -485,6 +485,8 @@ def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, 
 
 def quantized_linear_(y: Tensor, x: Tensor, packed: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
     """See `llmcore.ops.quantized_linear_`."""
+    if y.dtype != x.dtype:
+        raise TypeError(f"quantized_linear_: y has dtype {y.dtype}, but x has {x.dtype}")
     return y.copy_(quantized_linear(x, packed, format, y.shape[-1], bias))
 
 

@@ -133,7 +133,7 @@ def test_the_binding_refuses(change, message):
 def test_a_result_that_does_not_fit(y, message):
     x, packed, format, _, _ = call("q8_0", 3, 20, 64)
     with pytest.raises(RuntimeError, match=message):
-        ops.quantized_linear_(y, x, packed, format)
+        torch.ops.llmcore.quantized_linear_(y, x, packed, format, None)
 
 
 def test_a_result_whose_rows_have_no_distance():
@@ -141,6 +141,8 @@ def test_a_result_whose_rows_have_no_distance():
     y = torch.zeros(2, 4, 20)[:, :3]
     with pytest.raises(RuntimeError, match="the rows of y do not lie at one distance"):
         ops.quantized_linear_(y, x.view(2, 3, 64), packed, format)
+    with pytest.raises(TypeError, match=r"y has dtype torch.float64, but x has torch.float32"):
+        ops.quantized_linear_(y[0].double(), x[:3], packed, format)
     with pytest.raises(NotImplementedError, match="quantized_linear_ has no gradient"):
         ops.quantized_linear_(y[0], x[:3].requires_grad_(), packed, format)
 
