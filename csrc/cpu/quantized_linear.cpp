@@ -30,9 +30,9 @@ struct Int {
 };
 
 constexpr int64_t kSerialBytes = 32768;     // of W that one thread multiplies before a second would have started
-constexpr int64_t kTasksPerThread = 4;      // long stretches of memory for each thread, and yet some to even out
+constexpr int64_t kTasksPerThread = 2;      // long stretches of memory for each thread, and yet some to even out
 constexpr int64_t kChunkBytes = 384 << 10;  // of rounded x that stays in L2 while panels of W pass
-constexpr int64_t kAhead = 4096;            // bytes of W between what is prefetched and what is multiplied
+constexpr int64_t kAhead = 8192;            // bytes of W between what is prefetched, into L1, and what is multiplied
 
 // 32 elements of a row of x, rounded.
 struct XBlock {
@@ -96,7 +96,7 @@ void tile(const uint8_t* panel, int64_t scale_bytes, int lane, int64_t blocks, c
   for (int64_t b = 0; b < blocks; ++b, lines += F::kBlockBytes, ++x) {
     if constexpr (Stream) {
 #pragma GCC unroll 8
-      for (int l = 0; l <= F::kBits; ++l) __builtin_prefetch(lines + kAhead + l * 64, 0, 2);
+      for (int l = 0; l <= F::kBits; ++l) __builtin_prefetch(lines + kAhead + l * 64, 0, 3);
     }
     vu w[kGroups];
     load_groups<F>(lines, w);
