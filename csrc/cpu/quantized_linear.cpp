@@ -19,9 +19,9 @@ namespace LLMCORE_ISA {
 namespace {
 
 #if defined(__AVX512F__) || defined(LLMCORE_EMULATE_AVX512BF16)
-constexpr int kTileRows = 8;
+constexpr int kTileRows = 8, kStreams = 4;
 #else
-constexpr int kTileRows = 4;  // 16 registers: 8 of them hold the block of W
+constexpr int kTileRows = 4, kStreams = 2;  // 16 registers: 8 of them hold the block of W
 #endif
 
 template <int N>
@@ -84,70 +84,89 @@ void round_row(const T* x, int64_t k, int offset, bool halves, XBlock* out) {
   if (k > 0 && reduce_max(__builtin_convertvector(-bad, vf)) > 0) out[0].scale = out[0].scaled_sum = __builtin_nanf("");
 }
 
-// kLanes rows of W, from row `lane` of a panel, times R rows of x, x_stride blocks apart.
-// The first tile of a panel has it from memory (Stream), and prefetches what follows.
-template <class F, int R, bool Stream>
-void tile(const uint8_t* panel, int64_t scale_bytes, int lane, int64_t blocks, const XBlock* x, int64_t x_stride,
-          vf* sums) {
-  vf acc[R];
+// From row `lane` of each of P panels kLanes rows of W, times R rows of x, x_stride blocks apart: sums[panel][row]. The
+// first tile of a panel has it from memory (Stream), and prefetches what follows.
+template <class F, int R, int P, bool Stream>
+void tile(const uint8_t* panel, int64_t k, int lane, const XBlock* x, vf* sums) {
+  const int64_t blocks = k / kQuantBlock, panel_bytes = quant_panel_bytes(F::kLayout, k);
+  vf acc[P][R];
+#pragma GCC unroll 4
+  for (int v = 0; v < P; ++v)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) acc[r] = zero();
-  const uint8_t* lines = panel + scale_bytes + lane * 4;
-  for (int64_t b = 0; b < blocks; ++b, lines += F::kBlockBytes, ++x) {
-    if constexpr (Stream) {
+    for (int r = 0; r < R; ++r) acc[v][r] = zero();
+  const uint8_t* first = panel + quant_scale_bytes(F::kLayout, k) + lane * 4;
+  for (int64_t b = 0; b < blocks; ++b, first += F::kBlockBytes, ++x) {
+#pragma GCC unroll 4
+    for (int v = 0; v < P; ++v) {
+      const uint8_t* lines = first + v * panel_bytes;
+      if constexpr (Stream) {
+#pragma GCC unroll 9
+        for (int l = 0; l <= F::kBits; ++l) __builtin_prefetch(lines + kAhead / P + l * 64, 0, 3);
+      }
+      vu w[kGroups];
+      load_groups<F>(lines, w);
+      const PanelScales s = load_scales<F>(panel + v * panel_bytes, b, lane);
 #pragma GCC unroll 8
-      for (int l = 0; l <= F::kBits; ++l) __builtin_prefetch(lines + kAhead + l * 64, 0, 3);
-    }
-    vu w[kGroups];
-    load_groups<F>(lines, w);
-    const PanelScales s = load_scales<F>(panel, b, lane);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const XBlock& xb = x[r * x_stride];
-      const auto products = [&](auto half, auto count) {
-        constexpr int kHalf = decltype(half)::value, kCount = decltype(count)::value;
-        const vi dot = dot_int8<F::kBits, kCount>(set1_i(xb.start[kHalf]), w + kHalf * 4, xb.q + kHalf * 16);
-        acc[r] = fma(set1(xb.scale), s.scale[kHalf] * __builtin_convertvector(dot, vf), acc[r]);
-      };
-      if constexpr (F::kHasMin) acc[r] = fma(set1(xb.scaled_sum), s.addend, acc[r]);
-      if constexpr (F::kHalves) {
-        products(Int<0>{}, Int<4>{});
-        products(Int<1>{}, Int<4>{});
-      } else {
-        products(Int<0>{}, Int<8>{});
+      for (int r = 0; r < R; ++r) {
+        const XBlock& xb = x[r * blocks];
+        const auto products = [&](auto half, auto count) {
+          constexpr int kHalf = decltype(half)::value, kCount = decltype(count)::value;
+          const vi dot = dot_int8<F::kBits, kCount>(set1_i(xb.start[kHalf]), w + kHalf * 4, xb.q + kHalf * 16);
+          acc[v][r] = fma(set1(xb.scale), s.scale[kHalf] * __builtin_convertvector(dot, vf), acc[v][r]);
+        };
+        if constexpr (F::kHasMin) acc[v][r] = fma(set1(xb.scaled_sum), s.addend, acc[v][r]);
+        if constexpr (F::kHalves) {
+          products(Int<0>{}, Int<4>{});
+          products(Int<1>{}, Int<4>{});
+        } else {
+          products(Int<0>{}, Int<8>{});
+        }
       }
     }
   }
+#pragma GCC unroll 4
+  for (int v = 0; v < P; ++v)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sums[r] = acc[r];
+    for (int r = 0; r < R; ++r) sums[v * R + r] = acc[v][r];
 }
 
-template <class F, bool Stream>
-auto tile_of(int rows) {
-  return rows == kTileRows ? tile<F, kTileRows, Stream>
-         : rows == 4       ? tile<F, 4, Stream>
-         : rows == 2       ? tile<F, 2, Stream>
-                           : tile<F, 1, Stream>;
-}
-
-// Rows [begin, end) of x times a panel: y[r][j] for its `n` <= 16 columns.
-template <class F, class T>
-void panel_product(const QuantizedLinearParams& p, const XBlock* x, int64_t begin, int64_t end, int64_t j) {
-  const int64_t blocks = p.k / kQuantBlock, scale_bytes = quant_scale_bytes(F::kLayout, p.k);
-  const uint8_t* panel = p.weight + j / kQuantPanel * quant_panel_bytes(F::kLayout, p.k);
-  for (int lane = 0; lane < kQuantPanel && j + lane < p.n; lane += kLanes) {
-    const int64_t n = p.n - j - lane < kLanes ? p.n - j - lane : kLanes;
-    const vf bias = p.bias ? load_n(static_cast<const T*>(p.bias) + j + lane, n) : zero();
-    T* y = static_cast<T*>(p.y) + j + lane;
-    for (int64_t r = begin; r < end;) {
-      const int64_t left = end - r;
-      const int rows = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      const auto multiply = r == begin ? tile_of<F, true>(rows) : tile_of<F, false>(rows);
-      vf sums[kTileRows];
-      multiply(panel, scale_bytes, lane, blocks, x + r * blocks, blocks, sums);
-      for (int i = 0; i < rows; ++i) store_n(y + (r + i) * p.y_stride, sums[i] + bias, n);
-      r += rows;
+// What tile<F, R, ...> does with `panels` panels from column j on, and from row `row` of x.
+template <class F, class T, int R>
+void tile_row(const QuantizedLinearParams& p, const XBlock* x, int64_t row, int64_t j, int64_t panels, bool stream) {
+  const int64_t panel_bytes = quant_panel_bytes(F::kLayout, p.k);
+  const uint8_t* panel = p.weight + j / kQuantPanel * panel_bytes;
+  x += row * (p.k / kQuantBlock);
+  constexpr bool kSideBySide = R <= kTileRows / 2;
+  for (int lane = 0; lane < kQuantPanel; lane += kLanes) {
+    vf sums[kStreams * R];
+    if (kSideBySide && stream && panels == kStreams)
+      tile<F, R, kSideBySide ? kStreams : 1, true>(panel, p.k, lane, x, sums);
+    else
+      for (int64_t v = 0; v < panels; ++v)
+        (stream ? tile<F, R, 1, true> : tile<F, R, 1, false>)(panel + v * panel_bytes, p.k, lane, x, sums + v * R);
+    for (int64_t v = 0; v < panels; ++v) {
+      const int64_t column = j + v * kQuantPanel + lane, n = p.n - column;
+      if (n <= 0) break;
+      const vf bias = p.bias ? load_n(static_cast<const T*>(p.bias) + column, n) : zero();
+      for (int r = 0; r < R; ++r)
+        store_n(static_cast<T*>(p.y) + (row + r) * p.y_stride + column, sums[v * R + r] + bias, n);
     }
+  }
+}
+
+// Rows [begin, end) of x times up to kStreams panels, from column j on.
+template <class F, class T>
+void panel_product(const QuantizedLinearParams& p, const XBlock* x, int64_t begin, int64_t end, int64_t j,
+                   int64_t panels) {
+  for (int64_t r = begin; r < end;) {
+    const int64_t left = end - r;
+    const int rows = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const auto multiply = rows == kTileRows ? tile_row<F, T, kTileRows>
+                          : rows == 4       ? tile_row<F, T, 4>
+                          : rows == 2       ? tile_row<F, T, 2>
+                                            : tile_row<F, T, 1>;
+    multiply(p, x, r, j, panels, r == begin);
+    r += rows;
   }
 }
 
@@ -172,8 +191,9 @@ void forward(const QuantizedLinearParams& p, const Parallel& par) {
   parallel_tasks(par, chunks * stretches, [&](int64_t task, int64_t) {
     const int64_t chunk = task / stretches, stretch = task % stretches;
     const int64_t begin = chunk * most, end = begin + most < p.rows ? begin + most : p.rows;
-    for (int64_t i = panels * stretch / stretches; i < panels * (stretch + 1) / stretches; ++i)
-      panel_product<F, T>(p, x.data(), begin, end, i * kQuantPanel);
+    const int64_t last = panels * (stretch + 1) / stretches, group = end - begin <= kTileRows / 2 ? kStreams : 1;
+    for (int64_t i = panels * stretch / stretches; i < last; i += group)
+      panel_product<F, T>(p, x.data(), begin, end, i * kQuantPanel, last - i < group ? last - i : group);
   });
 }
 
