@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bench.cpu import Row, assert_close
 from llmcore import ops, reference
@@ -25,17 +24,13 @@ def _without_gradient(call: Callable) -> Callable:
     return run
 
 
-def _call(format: str, n: int, k: int) -> tuple[Tensor, Tensor]:
-    blocks = reference.quantize(torch.randn(n, k) * k**-0.5, format)
-    return ops.pack_quantized(blocks, format), reference.dequantize(blocks, format).bfloat16()
-
-
 def _row(format: str, rows: int, n: int, k: int, cold: bool) -> Row:
-    packed, weight = _call(format, n, k)
+    blocks = reference.quantize(torch.randn(n, k) * k**-0.5, format)
+    packed, weight = ops.pack_quantized(blocks, format), reference.dequantize(blocks, format).bfloat16()
     x = torch.randn(rows, k)
     x_bf16 = x.bfloat16()
     copies = -(-COLD_BYTES // packed.nbytes) if cold else 1
-    weights = itertools.cycle([packed.clone() for _ in range(copies)])
+    weights = itertools.cycle([ops.pack_quantized(blocks, format) for _ in range(copies)])
     peers = itertools.cycle([weight.clone() for _ in range(-(-COLD_BYTES // weight.nbytes) if cold else 1)])
 
     def check() -> None:

@@ -1,5 +1,6 @@
 // Quantised weights between a file's blocks and panels, and back to numbers, a row at a time.
 #include "quantized_panel.h"
+#include "scratch.h"
 
 namespace llmcore {
 namespace cpu {
@@ -105,6 +106,7 @@ void pack_panel(const PackQuantizedParams& p, int64_t index) {
 template <class F>
 void pack(const PackQuantizedParams& p, const Parallel& par) {
   const int64_t panels = (p.n + kQuantPanel - 1) / kQuantPanel;
+  prefer_huge_pages(p.packed, panels * quant_panel_bytes(F::kLayout, p.k));  // products read it faster
   parallel_ranges(par, panels, row_grain(p.k * kQuantPanel + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) pack_panel<F>(p, i);
   });
