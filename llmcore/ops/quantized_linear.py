@@ -10,7 +10,17 @@ from torch import Tensor
 
 from llmcore import reference
 from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
-from llmcore.reference.quantized import FORMATS, format_named, rounded
+from llmcore.reference.quantized import FORMATS, format_named, quantize, rounded
+
+__all__ = [
+    "FORMATS",
+    "format_named",
+    "pack_quantized",
+    "quantize",
+    "quantized_embedding",
+    "quantized_linear",
+    "quantized_linear_",
+]
 
 # Rows of x up to which a GPU multiplies by the packed weight.
 MAX_CUDA_ROWS = 32
