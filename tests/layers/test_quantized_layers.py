@@ -10,6 +10,7 @@ from llmcore import reference
 from llmcore.inference import generate
 from llmcore.layers import Linear, QuantizedEmbedding, QuantizedLinear, quantize_model
 from llmcore.models import ModelConfig, Transformer
+from llmcore.models.pretrained import save_pretrained
 from llmcore.reference.quantized import FORMATS
 
 
@@ -118,6 +119,12 @@ def test_a_saved_state_loads():
     other.load_state_dict(state)
     tokens = torch.randint(0, 120, (1, 9))
     assert torch.equal(model(tokens).hidden, other(tokens).hidden)
+
+
+def test_is_not_saved_as_floats(tmp_path):
+    with pytest.raises(ValueError, match="the model is quantised; save_pretrained writes floating-point weights"):
+        save_pretrained(quantize_model(small_model(True), "q8_0"), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("name", FORMATS)
