@@ -61,9 +61,8 @@ def generate(
         return []
     seeds = _seeds(seed, len(inputs))
     lengths = [len(prompt) for prompt in inputs]
-    weight = model.lm_head_weight
     num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in inputs]
-    cache = PagedKVCache(model.config, sum(num_blocks), dtype=weight.dtype, device=weight.device)
+    cache = PagedKVCache(model.config, sum(num_blocks), dtype=model.dtype, device=model.device)
     decoder = Decoder(model, cache) if can_decode(model) else None
     graphs = _DecodeGraphs(model, cache, max(num_blocks)) if can_capture(model) else None
     outputs: list[list[int]] = [[] for _ in inputs]
