@@ -74,10 +74,9 @@ _ENDS = (
 
 @dataclass(frozen=True)
 class GGUFVocabulary:
-    """tokenizer; add_bos: whether a text begins with its BOS token; stop_ids: what ends a text or a turn."""
+    """tokenizer, whose `adds_bos` is as the file says; stop_ids: what ends a text or a turn."""
 
     tokenizer: Tokenizer
-    add_bos: bool
     stop_ids: frozenset[int]
 
 
@@ -113,13 +112,24 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GGUFVocabulary:
         }
         for index, type_ in enumerate(types) if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]  # fmt: skip
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", default_bos) and "bos" in ids
+    model["post_processor"] = _begins_with(tokens[ids["bos"]], ids["bos"]) if add_bos else None
     tokenizer = Tokenizer(
-        json.dumps({"version": "1.0", "post_processor": None, **model}, ensure_ascii=False),
+        json.dumps({"version": "1.0", **model}, ensure_ascii=False),
         **{f"{role}_token": tokens[ids[role]] for role in ROLES if role in ids},
         chat_template=_text(metadata, "tokenizer.chat_template", prefix=""),
     )
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", default_bos)
-    return GGUFVocabulary(tokenizer, bool(add_bos) and "bos" in ids, _stop_ids(ids, vocab, types))
+    return GGUFVocabulary(tokenizer, _stop_ids(ids, vocab, types))
+
+
+def _begins_with(token: str, index: int) -> dict[str, Any]:
+    """The post-processor that puts a token before a text."""
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": type_}} for type_, name in enumerate("AB")]
+    return {
+        "type": "TemplateProcessing", "single": [first, texts[0]], "pair": [first, *texts],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }  # fmt: skip
 
 
 def _text(metadata: Mapping[str, Any], name: str, prefix: str = "tokenizer.ggml.") -> str | None:

@@ -92,6 +92,14 @@ class Tokenizer:
         added = self._plain.get_added_tokens_decoder()
         return {token.content: index for index, token in sorted(added.items()) if token.special}
 
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the file asks for the BOS token before each text. `encode` adds it only where it is told to."""
+        if self.bos_id is None:
+            return False
+        with _library_faults_as_value_errors():
+            return self._plain.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
     @property
     def bos_id(self) -> int | None:
         return self.token_to_id(self.bos_token)
