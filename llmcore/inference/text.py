@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from llmcore.tokenizers import Tokenizer
 
 _INCOMPLETE = "\ufffd"  # what bytes that are no UTF-8 yet are shown as
+_WINDOW = 16
 
 
 class TextStream:
@@ -18,33 +19,40 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
-        self._begin = self._shown = 0  # ids from _begin on are decoded, since a token's text depends on those before it
+        # the last tokens, since a token's text depends on those before it; and how much of their text was given
+        self._window: list[int] = []
+        self._given = 0
         self._waiting = ""
         self.stopped = False
 
     def feed(self, token: int) -> str:
         """The text that this token completes."""
-        self._ids.append(token)
-        before = self._decode(self._begin, self._shown)
-        now = self._decode(self._begin, len(self._ids))
-        if now.endswith(_INCOMPLETE) and len(self._ids) - self._shown < 8:  # more would be bytes that never fit
-            return ""
-        self._begin, self._shown = self._shown, len(self._ids)
-        return self._hold_back(now[len(before) :])
+        self._window.append(token)
+        now = self._decode(self._window)
+        whole = now.rstrip(_INCOMPLETE)
+        new, self._given = whole[self._given :], max(self._given, len(whole))
+        if whole == now and len(self._window) > _WINDOW:
+            self._shorten()
+        return self._hold_back(new)
+
+    def _shorten(self) -> None:
+        """Keeps of the window the last tokens that are whole characters."""
+        for count in range(1, 5):  # a character has up to 4 bytes
+            text = self._decode(self._window[-count:])
+            if _INCOMPLETE not in text:
+                self._window, self._given = self._window[-count:], len(text)
+                return
 
     def finish(self) -> str:
         """The text that waits."""
         if self.stopped:
             return ""
-        rest = self._decode(self._begin, len(self._ids))[len(self._decode(self._begin, self._shown)) :]
-        self._begin = self._shown = len(self._ids)
-        text = self._hold_back(rest) + self._waiting
-        self._waiting = ""
+        text = self._hold_back(self._decode(self._window)[self._given :]) + self._waiting
+        self._window, self._given, self._waiting = [], 0, ""
         return text
 
-    def _decode(self, begin: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True)
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _hold_back(self, new: str) -> str:
         """Of all text that waits, what can be no part of a stop string."""
