@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,10 +76,8 @@ def _turns(greeting: str) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
-    try:
-        import readline  # noqa: F401: gives `input` its history and editing
-    except ImportError:
-        pass
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # gives `input` its history and editing
     print(greeting, file=sys.stderr)
     while True:
         try:

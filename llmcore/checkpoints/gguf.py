@@ -1,4 +1,4 @@
-"""GGUF files (github.com/ggml-org/ggml/blob/master/docs/gguf.md): metadata, and tensors that may be quantised in blocks.
+"""GGUF files (specified in docs/gguf.md of the ggml project): metadata, and tensors that may be quantised in blocks.
 
     magic "GGUF", version | number of tensors, number of metadata entries
     metadata: name, type, value ...
@@ -289,7 +289,7 @@ class _Reader:
         else:
             per_block, block_bytes = BLOCKS[format_]
         if 0 in shape or shape[-1] % per_block:
-            raise self.fail(f"has shape {shape}; accepted in {format_}: rows of whole blocks of {per_block}, none empty")
+            raise self.fail(f"has shape {shape}; accepted in {format_}: rows of whole blocks of {per_block}, none of 0")
         num_bytes = block_bytes
         for size in (*shape[:-1], shape[-1] // per_block):
             num_bytes *= size

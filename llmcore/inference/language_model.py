@@ -14,6 +14,7 @@ import torch
 from llmcore.inference.chat import fit_chat, fit_text
 from llmcore.inference.generate import stream as stream_tokens
 from llmcore.inference.perplexity import Perplexity, perplexity
+from llmcore.inference.save_gguf import save_gguf
 from llmcore.inference.text import TextStream
 from llmcore.models import Transformer, save_pretrained
 from llmcore.tokenizers import Tokenizer
@@ -210,6 +211,10 @@ class LanguageModel:
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", tokens | _generation_config(self.defaults))
 
+    def save_gguf(self, path: str | Path, format: str = "f16") -> None:
+        """Writes a GGUF file in "f16", "bf16", "q8_0" or "q4_0": see `llmcore.inference.save_gguf.save_gguf`."""
+        save_gguf(self.model, self.tokenizer, path, format=format, stop_ids=self.stop_ids)
+
 
 def _is_chat(prompt: Any) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
@@ -290,7 +295,8 @@ def _generation_config(defaults: GenerationDefaults) -> dict[str, Any]:
     if defaults.temperature > 0:
         sampling = {name: getattr(defaults, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         # there an absent top_k means 50, here None means none
-        values |= {name: value for name, value in sampling.items() if value is not None} | {"top_k": defaults.top_k or 0}
+        values |= {name: value for name, value in sampling.items() if value is not None}
+        values["top_k"] = defaults.top_k or 0
     if defaults.repetition_penalty != 1.0:
         values["repetition_penalty"] = defaults.repetition_penalty
     return values

@@ -1,5 +1,5 @@
-"""From tokens to text as they come: characters whose bytes are not all there and strings that may be the start of a stop
-string wait."""
+"""From tokens to text as they come: characters whose bytes are not all there wait, and strings that may begin a stop
+string."""
 
 from __future__ import annotations
 

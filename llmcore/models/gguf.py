@@ -228,7 +228,7 @@ def _sigmoid(m: _Metadata) -> bool:
     return kind == 2
 
 
-# Our modules -> the tensors of the file whose rows they are, one below the other; with the same ending, .weight or .bias.
+# Our modules -> the tensors whose rows they are, one below the other, with the ending .weight or .bias of ours.
 _BODY = {
     "embed_tokens": ("token_embd",), "embed_positions": ("position_embd",), "norm": ("output_norm",),
     "lm_head": ("output",),

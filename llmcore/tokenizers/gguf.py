@@ -65,7 +65,7 @@ _KINDS = {
 }  # fmt: skip
 PRE_TOKENIZERS = {name: kind for names, kind in _KINDS.items() for name in names}
 
-# Control tokens that end a turn or a text, by their spelling: files name one of them as EOS, and models write the others.
+# Control tokens that end a turn or a text, by their spelling: a file names one as EOS, and its model writes the others.
 _ENDS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>",
     "<end_of_turn>", "<end_of_utterance>", "<EOT>", "<｜end▁of▁sentence｜>",

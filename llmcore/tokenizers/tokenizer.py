@@ -222,6 +222,10 @@ class Tokenizer:
 
     # ---- files
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return self._json
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path` itself if it ends in .json, else the folder form: tokenizer.json and tokenizer_config.json.
 
