@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from llmcore.checkpoints import CheckpointError
 from llmcore.checkpoints.gguf import FLOATS, GGUFFile, GGUFTensor
-from llmcore.layers import RotaryEmbedding
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES
+from llmcore.models.pretrained import build_rope_tables
 from llmcore.models.transformer import Transformer
 from llmcore.ops import RopeScaling
 
@@ -351,9 +351,7 @@ def load_gguf(
             _check_shape(file, ours, parts, tuple(wanted.shape), config)
             _place(model, ours, parts, dtype, device)
     _check_all_used(file, used, config)
-    for module in model.modules():
-        if isinstance(module, RotaryEmbedding):  # its tables are in no file
-            module.build_tables(device)
+    build_rope_tables(model, file.path, sum(tensor.nbytes for tensor in model.state_dict().values()), device)
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES, Family, family_of
 from llmcore.models.transformer import Transformer
 
+_TABLE_BYTES = 256 << 20  # of rotary tables that the smallest model may have: 2^19 positions of 128 features
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,10 +66,26 @@ def load_pretrained(
         wanted = tensor.dtype if name.endswith("expert_bias") or dtype is None else dtype
         tensors[name] = tensor.to(device, wanted)
     model.load_state_dict(tensors, assign=True, strict=True)
-    for module in model.modules():
-        if isinstance(module, RotaryEmbedding):  # its tables are in no file
-            module.build_tables(device)
+    build_rope_tables(model, folder / "config.json", sum(tensor.nbytes for tensor in tensors.values()), device)
     return model.eval()
+
+
+def build_rope_tables(model: Transformer, source: str | Path, num_bytes: int, device: torch.device | str) -> None:
+    """Makes the tables that are in no file.
+
+    Raises:
+        CheckpointError: naming `source`, when by its max_positions they would take more memory than a model with
+            `num_bytes` of weights can justify.
+    """
+    tables = [module for module in model.modules() if isinstance(module, RotaryEmbedding)]
+    needed = sum(8 * table.max_positions * (table.rotary_dim // 2) for table in tables)
+    if needed > max(_TABLE_BYTES, 4 * num_bytes):
+        raise CheckpointError(
+            f"{source}: max_positions is {model.config.max_positions}: rotary tables of {needed} bytes beside "
+            f"{num_bytes} bytes of weights"
+        )
+    for table in tables:
+        table.build_tables(device)
 
 
 def _ours(

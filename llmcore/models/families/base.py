@@ -167,7 +167,7 @@ class Family:
         """Whether a config.json of this family says all that `config` says, but for what matters to training alone."""
         try:
             back = self.config(self.config_json(config))
-        except ValueError:
+        except (ValueError, AttributeError):  # the latter from config.moe and config.mla, None in other families
             return False
         return inference_settings(back) == inference_settings(config)
 
