@@ -27,6 +27,8 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """The text that this token completes."""
+        if self._tokenizer.id_to_token(token) is None:  # a row of the model's table that no token has
+            return ""
         self._window.append(token)
         now = self._decode(self._window)
         whole = now.rstrip(_INCOMPLETE)

@@ -93,7 +93,7 @@ def _patterns(steps: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _sentencepiece(data: Mapping[str, Any], merges: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
     """Scores that fall in the order of the merges."""
-    normalizer = json.dumps(data.get("normalizer"))
+    normalizer = json.dumps(data.get("normalizer"), ensure_ascii=False)
     if data.get("pre_tokenizer") is not None or "Replace" not in normalizer or "▁" not in normalizer:
         raise ValueError(f"the normalizer {normalizer} has no form in GGUF files; accepted: spaces as '▁'")
     score: dict[str, float] = {}
