@@ -110,9 +110,8 @@ def _steps(
     stop_ids: frozenset[int],
     stop_when: Callable[[int, int], bool] | None,
 ) -> Iterator[NewToken]:
-    weight = model.lm_head_weight
     num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in prompts]
-    cache = PagedKVCache(model.config, sum(num_blocks), dtype=weight.dtype, device=weight.device)
+    cache = PagedKVCache(model.config, sum(num_blocks), dtype=model.dtype, device=model.device)
     graphs = _DecodeGraphs(model, cache, max(num_blocks)) if can_capture(model) else None
     outputs: list[list[int]] = [[] for _ in prompts]
     running, inputs = list(range(len(prompts))), prompts

@@ -134,13 +134,15 @@ def save_pretrained(model: Transformer, folder: str | Path, *, max_shard_bytes: 
     """Writes the model as `transformers` loads it; `load_pretrained` gives every weight back bit for bit.
 
     Raises:
-        ValueError: when no family of `transformers` describes the model.
+        ValueError: when no family of `transformers` describes the model, or its weights are quantised.
     """
     folder = Path(folder)
+    if model.is_quantized:
+        raise ValueError("the model is quantised; save_pretrained writes floating-point weights")
     family = family_of(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     values = family.config_json(model.config) | {"dtype": dtype, "torch_dtype": dtype}
     write_tensor_files(folder, _theirs(family, model.config, state), max_shard_bytes)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
