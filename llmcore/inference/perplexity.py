@@ -46,7 +46,7 @@ def perplexity(
         raise ValueError(f"stride is {stride!r}; accepted: 1 to {window - 1}, below the window")
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens; accepted: 2 or more")
-    device, total, scored = model.lm_head_weight.device, 0.0, 1
+    device, total, scored = model.device, 0.0, 1
     ids = torch.tensor(list(tokens), device=device)
     for begin in range(0, len(ids), stride):
         end = min(begin + window, len(ids))

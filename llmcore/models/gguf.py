@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmcore import ops
 from llmcore.checkpoints import CheckpointError
-from llmcore.checkpoints.gguf import FLOATS, GGUFFile, GGUFTensor
+from llmcore.checkpoints.gguf import BLOCKS, FLOATS, GGUFFile, GGUFTensor
+from llmcore.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES
+from llmcore.models.meta import meta_model
 from llmcore.models.pretrained import build_rope_tables
 from llmcore.models.transformer import Transformer
 from llmcore.ops import RopeScaling
@@ -328,7 +331,8 @@ def load_gguf(
 
     Args:
         path: of the file, or the open file.
-        dtype: of the weights; None: that of the token embeddings, float32 where they are quantised.
+        dtype: of the weights, all of them; None: matrices in blocks stay in blocks, and the rest has the dtype of the
+            token embeddings, float32 beside blocks.
         device: where the model goes.
 
     Raises:
@@ -338,12 +342,11 @@ def load_gguf(
     file = path if isinstance(path, GGUFFile) else GGUFFile(path)
     architecture, config = gguf_config(file)
     try:
-        with torch.device("meta"):  # no memory for sizes that the file's tensors don't have
-            model = Transformer(config)
+        model = meta_model(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file.path}: {error}") from None
-    if dtype is None:
-        dtype = FLOATS.get(file.format("token_embd.weight"), torch.float32)
+    if dtype is None and not any(file.format(name) in BLOCKS for name in file):
+        dtype = FLOATS[file.format("token_embd.weight")]
     used: set[str] = set()
     with torch.no_grad():
         for ours, wanted in model.state_dict().items():
@@ -414,26 +417,46 @@ def _check_shape(
 
 
 def _place(
-    model: Transformer, ours: str, parts: Sequence[GGUFTensor], dtype: torch.dtype, device: torch.device | str
+    model: Transformer, ours: str, parts: Sequence[GGUFTensor], dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
-    """Gives the model its tensor `ours`: the rows of the parts, each of which may have a format of its own."""
+    """Gives the model its tensor `ours`: the rows of the parts, each of which may have a format of its own. Without a
+    dtype, matrices in blocks stay so."""
+    if dtype is None and all(part.quantized for part in parts) and _place_blocks(model, ours, parts, device):
+        return
+    dtype = torch.float32 if dtype is None else dtype
     wanted = torch.float32 if ours.endswith("expert_bias") else dtype
     dim = _join_dim(parts, ours, model.config)
     tensors = [dequantize(part).to(device, wanted) for part in parts]
     tensor = torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0].clone()  # no view of the file stays
     module, _, leaf = ours.rpartition(".")
     owner = model.get_submodule(module)
-    setattr(owner, leaf, nn.Parameter(tensor) if leaf in owner._parameters else tensor)
+    if isinstance(owner, QuantizedLinear):
+        owner.bias = nn.Parameter(tensor, requires_grad=False)
+    else:
+        setattr(owner, leaf, nn.Parameter(tensor) if leaf in owner._parameters else tensor)
+
+
+def _place_blocks(model: Transformer, ours: str, parts: Sequence[GGUFTensor], device: torch.device | str) -> bool:
+    """Puts a quantised layer in the place of a linear one or of the table. False where numbers are needed."""
+    path, _, leaf = ours.rpartition(".")
+    above, _, name = path.rpartition(".")
+    owner = model.get_submodule(above)
+    layer = getattr(owner, name) if path else None
+    blocks = [(part.format, part.data) for part in parts]
+    if name == "embed_tokens":
+        setattr(owner, name, QuantizedEmbedding(*blocks[0]).to(device))
+    elif leaf == "weight" and (isinstance(layer, Linear) or name == "lm_head") and name != "kv_b":  # which is absorbed
+        setattr(owner, name, QuantizedLinear(blocks).to(device))
+    else:
+        return False
+    return True
 
 
 def dequantize(part: GGUFTensor) -> Tensor:
     """The numbers of a tensor: floats as they are, those of a block format in float32."""
     if not part.quantized:
         return part.data
-    from gguf import GGMLQuantizationType, quants
-
-    values = quants.dequantize(part.data.numpy(), GGMLQuantizationType[part.format.upper()])
-    return torch.from_numpy(values).view(part.shape)
+    return ops.dequantize(part.data.flatten(0, -2), part.format).view(part.shape)
 
 
 def _check_all_used(file: GGUFFile, used: set[str], config: ModelConfig) -> None:

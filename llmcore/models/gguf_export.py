@@ -96,6 +96,8 @@ def _experts(config: ModelConfig, arch: str) -> dict[str, Any]:
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
     """Each tensor of the file: its name, its shape and a function that gives it."""
+    if model.is_quantized:
+        raise ValueError("the model's weights are in blocks; accepted: one loaded with a dtype")
     config = model.config
     architecture = ARCHITECTURES[gguf_architecture(config)]
     for ours, tensor in model.state_dict().items():

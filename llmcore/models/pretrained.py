@@ -14,6 +14,7 @@ from llmcore.checkpoints import CheckpointError, TensorFiles, read_json, write_t
 from llmcore.layers import RotaryEmbedding
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES, Family, family_of
+from llmcore.models.meta import meta_model
 from llmcore.models.transformer import Transformer
 
 _TABLE_BYTES = 256 << 20  # of rotary tables that the smallest model may have: 2^19 positions of 128 features
@@ -56,8 +57,7 @@ def load_pretrained(
     family, config = read_config(folder)
     files = TensorFiles(folder)
     try:
-        with torch.device("meta"):  # no memory for sizes that the files don't have
-            model = Transformer(config)
+        model = meta_model(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     with torch.no_grad():

@@ -327,6 +327,20 @@ def test_every_kind_of_source(lm, folder, tmp_path, monkeypatch):
     assert hub.source == "org/model"
 
 
+@pytest.mark.parametrize("format_", ["q8_0", "q4_0", "q4_k"])
+def test_quantised_on_demand(format_, lm, folder, tmp_path):
+    pytest.importorskip("gguf")
+    lm.save_gguf(tmp_path / "a.gguf", "bf16")
+    for source in (folder, tmp_path / "a.gguf"):
+        small = llmcore.load(source, quantize=format_)
+        assert small.model.is_quantized
+        assert small.perplexity("".join(TEXT)).nll == pytest.approx(lm.perplexity("".join(TEXT)).nll, rel=0.25)
+    with pytest.raises(ValueError, match="the model's weights are in blocks; accepted: one loaded with a dtype"):
+        small.save_gguf(tmp_path / "b.gguf")
+    with pytest.raises(ValueError, match="the model is quantised"):
+        small.save_pretrained(tmp_path / "b")
+
+
 def test_refuses_what_is_no_source(lm, folder, tmp_path, monkeypatch):
     for source in ("nothing", tmp_path / "nothing", "a/b/c"):
         with pytest.raises(CheckpointError, match=r"no such file or folder; accepted: a run or checkpoint folder, "):

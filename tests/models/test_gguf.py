@@ -13,6 +13,7 @@ import torch
 from llmcore.checkpoints import CheckpointError
 from llmcore.checkpoints.gguf import GGUFFile
 from llmcore.inference.save_gguf import save_gguf
+from llmcore.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from llmcore.models import gpt2, llama, load_pretrained
 from llmcore.models.gguf import load_gguf
 from llmcore.models.gguf_export import same_for_inference
@@ -278,8 +279,40 @@ def test_quantised_rows_move_whole(tmp_path, monkeypatch):
     for name, kind in kinds.items():
         tensors[name] = gguf.quants.dequantize(gguf.quants.quantize(tensors[name], kind), kind)
     write(tmp_path / "floats.gguf", "llama", theirs.config, tensors, {})
-    blocks, floats = load_gguf(tmp_path / "blocks.gguf"), load_gguf(tmp_path / "floats.gguf")
+    blocks, floats = load_gguf(tmp_path / "blocks.gguf", dtype=torch.float32), load_gguf(tmp_path / "floats.gguf")
+    assert not blocks.is_quantized
     assert all(map(torch.equal, blocks.state_dict().values(), floats.state_dict().values()))
+
+    kept = load_gguf(tmp_path / "blocks.gguf")  # the same numbers, but for activations of 8 bits
+    assert isinstance(kept.embed_tokens, QuantizedEmbedding)
+    for block in kept.blocks:
+        layers = [block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down]
+        assert all(isinstance(layer, QuantizedLinear) for layer in layers)
+        assert [rows for _, rows in block.attention.qkv.parts] == [64, 32, 32]
+    tokens = torch.arange(40)[None]
+    expected = floats.logits(floats(tokens).hidden)
+    error = (kept.logits(kept(tokens).hidden) - expected).abs().max()
+    assert 0 < error < 0.05 * expected.std()
+
+
+def test_floats_beside_blocks_are_numbers(tmp_path, monkeypatch):
+    """A matrix of which one part is no blocks is joined as numbers; biases come to quantised layers too."""
+    monkeypatch.setitem(CASES, "qwen2", ("Qwen2", {"hidden_size": 64, "intermediate_size": 96}))
+    theirs = make_theirs("qwen2", tmp_path, monkeypatch)
+    tensors = converted(theirs, "qwen2", False)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    names = ["blk.0.attn_q.weight", *[f"blk.1.attn_{p}.weight" for p in "qkv"]]
+    write(tmp_path / "a.gguf", "qwen2", theirs.config, tensors, {}, dict.fromkeys(names, kind))
+    ours = load_gguf(tmp_path / "a.gguf")
+    assert ours.dtype == torch.float32
+    mixed, blocks = ours.blocks[0].attention.qkv, ours.blocks[1].attention.qkv
+    assert isinstance(mixed, Linear)
+    assert blocks.parts == [("q8_0", 64 + 2 * 32)]
+    bias = np.concatenate([tensors[f"blk.1.attn_{p}.bias"] for p in "qkv"])
+    assert torch.equal(blocks.bias, torch.from_numpy(bias))
+    tokens = torch.arange(40)[None]
+    expected = theirs(tokens).logits
+    assert (ours.logits(ours(tokens).hidden) - expected).abs().max() < 0.1 * expected.std()
 
 
 def test_latent_matrix_in_two(tmp_path, monkeypatch):

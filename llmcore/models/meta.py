@@ -1,0 +1,25 @@
+"""A model without memory, for weights that are about to come from a file."""
+
+from __future__ import annotations
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from llmcore.models.config import ModelConfig
+from llmcore.models.transformer import Transformer
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out random initial weights: on the meta device they cost nothing but torch's import of its compiler,
+    which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def meta_model(config: ModelConfig) -> Transformer:
+    """The model on the meta device: no memory for sizes that a file's tensors don't have."""
+    with torch.device("meta"), _WithoutDraws():
+        return Transformer(config)
