@@ -104,7 +104,7 @@ def load(
         loaded = LanguageModel(model if dtype is None else model.to(dtype), tokenizer)
     loaded.source = str(source)
     if quantize is not None:
-        quantize_model(loaded.model, quantize)
+        quantize_model(loaded.model, quantize).requires_grad_(False)  # its products have no gradient
     return loaded
 
 

@@ -355,6 +355,8 @@ def load_gguf(
             _place(model, ours, parts, dtype, device)
     _check_all_used(file, used, config)
     build_rope_tables(model, file.path, sum(tensor.nbytes for tensor in model.state_dict().values()), device)
+    if model.is_quantized:  # its products have no gradient
+        model.requires_grad_(False)
     return model.eval()
 
 
