@@ -291,8 +291,8 @@ def test_quantised_rows_move_whole(tmp_path, monkeypatch):
         assert [rows for _, rows in block.attention.qkv.parts] == [64, 32, 32]
     tokens = torch.arange(40)[None]
     expected = floats.logits(floats(tokens).hidden)
-    error = (kept.logits(kept(tokens).hidden) - expected).abs().max()
-    assert 0 < error < 0.05 * expected.std()
+    error = (kept.logits(kept(tokens).hidden) - expected).norm() / expected.norm()
+    assert 0 < error < 0.03  # a step of 8 bits is 1 / 127 of a block's largest; rows in a wrong order would give over 1
 
 
 def test_floats_beside_blocks_are_numbers(tmp_path, monkeypatch):
