@@ -51,7 +51,7 @@ void multiply(const Tensor& x, const Tensor& packed, const std::string& format, 
                                 b ? b->const_data_ptr() : nullptr,
                                 y.mutable_data_ptr(),
                                 y_stride};
-  cpu::quantized_linear(p, torch_parallel());
+  LLMCORE_RUN(quantized_linear, x, p);
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::string& format, int64_t out_features,
@@ -102,7 +102,7 @@ Tensor quantized_embedding(const Tensor& ids, const Tensor& packed, const std::s
   const Tensor rows = indices(ids, "quantized_embedding: ids");
   const Tensor weight = checked_weight(packed, ids, f, num_embeddings, dim, "quantized_embedding");
   const IndexValues values = values_of(rows);
-  for (int64_t i = 0; i < values.size; ++i)
+  for (int64_t i = 0; ids.is_cpu() && i < values.size; ++i)
     LLMCORE_CHECK(values[i] >= 0 && values[i] < num_embeddings, "quantized_embedding: id ", values[i],
                   "; accepted: 0 to num_embeddings - 1 = ", num_embeddings - 1);
   std::vector<int64_t> shape(ids.dim() + 1, dim);
@@ -112,21 +112,26 @@ Tensor quantized_embedding(const Tensor& ids, const Tensor& packed, const std::s
                                    f,
                                    values.size,
                                    dim,
+                                   num_embeddings,
                                    values.data,
                                    static_cast<const uint8_t*>(weight.const_data_ptr()),
                                    y.mutable_data_ptr()};
-  cpu::quantized_embedding(p, torch_parallel());
+  LLMCORE_RUN(quantized_embedding, y, p);
   return y;
+}
+
+template <class Library>
+void register_kernels(Library& m) {
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("quantized_linear_", TORCH_BOX(&quantized_linear_));
+  m.impl("quantized_embedding", TORCH_BOX(&quantized_embedding));
 }
 
 }  // namespace
 
-// On CUDA these are torch's products and gathers (llmcore/ops/quantized_linear.py).
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
-  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
-  m.impl("quantized_linear_", TORCH_BOX(&quantized_linear_));
-  m.impl("pack_quantized", TORCH_BOX(&pack_quantized));
-  m.impl("quantized_embedding", TORCH_BOX(&quantized_embedding));
-}
+LLMCORE_REGISTER(register_kernels)
+
+// On CUDA torch's ops do it, once (llmcore/ops/quantized_linear.py).
+STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { m.impl("pack_quantized", TORCH_BOX(&pack_quantized)); }
 
 }  // namespace llmcore

@@ -9,26 +9,21 @@ namespace LLMCORE_ISA {
 
 constexpr int kGroups = 8;  // of 4 adjacent weights, in a block of 32
 
-// A format as the kernels are instantiated for it.
 template <QuantFormat Which>
-struct Quant {
+struct Quant : QuantFacts<Which> {
   static constexpr QuantLayout kLayout = kQuantLayouts[static_cast<int>(Which)];
-  static constexpr int kBits = kLayout.bits, kOffset = kLayout.offset;
-  static constexpr bool kNested = kLayout.nested, kHasMin = kOffset == 0;
-  static constexpr bool kHalves = Which == QuantFormat::q6_k;  // a scale for each 16 weights
-  static constexpr int64_t kBlockBytes = 64 * kBits;           // of the q of a panel's block
-
-  // Bytes of float16 scales of a block, or of 256 weights; and where those of block b start.
-  static constexpr int64_t kScaleBytes = kHasMin ? 64 : 32;
-  static constexpr int64_t kNestedBytes = kScaleBytes + 256;
-  static LLMCORE_INLINE const uint8_t* scales(const uint8_t* panel, int64_t b) {
-    return panel + (kNested ? b / 8 * kNestedBytes : b * kScaleBytes);
-  }
-  // 16 bytes of sc, then 16 of mn or, of q6_k, of the second sc.
-  static LLMCORE_INLINE const uint8_t* nested_scales(const uint8_t* panel, int64_t b) {
-    return scales(panel, b) + kScaleBytes + b % 8 * 32;
-  }
 };
+
+// Where the float16 scales of block b start; and, of nested formats, its 16 bytes of sc, then 16 of mn or, of q6_k, of
+// the second sc.
+template <class F>
+LLMCORE_INLINE const uint8_t* half_scales(const uint8_t* panel, int64_t b) {
+  return panel + (F::kNested ? b / 8 * F::kNestedBytes : b * F::kScaleBytes);
+}
+template <class F>
+LLMCORE_INLINE const uint8_t* byte_scales(const uint8_t* panel, int64_t b) {
+  return half_scales<F>(panel, b) + F::kScaleBytes + b % 8 * 32;
+}
 
 // The scales of kLanes rows, in block b.
 struct PanelScales {
@@ -45,11 +40,11 @@ LLMCORE_INLINE vf load_bytes(const uint8_t* p, int row) {
 
 template <class F>
 LLMCORE_INLINE PanelScales load_scales(const uint8_t* panel, int64_t b, int row) {
-  const uint8_t* halves = F::scales(panel, b);
+  const uint8_t* halves = half_scales<F>(panel, b);
   PanelScales s = {{load_halves(halves, row), zero()}, zero()};
   if constexpr (F::kHasMin) s.addend = load_halves(halves + 32, row);
   if constexpr (F::kNested) {
-    const uint8_t* bytes = F::nested_scales(panel, b);
+    const uint8_t* bytes = byte_scales<F>(panel, b);
     const vf second = load_bytes(bytes + 16, row);
     if constexpr (F::kHalves) s.scale[1] = s.scale[0] * second;
     if constexpr (F::kHasMin) s.addend = -(s.addend * second);
@@ -94,22 +89,3 @@ LLMCORE_INLINE void load_groups(const uint8_t* lines, vu (&w)[kGroups]) {
 }  // namespace LLMCORE_ISA
 }  // namespace cpu
 }  // namespace llmcore
-
-// LLMCORE_DISPATCH_QUANT(p.format, F, kernel<F>(p, par)): as LLMCORE_DISPATCH_FLOAT, F is the Quant<...> of the format.
-#define LLMCORE_QUANT_CASE_(format, F, ...)          \
-  case ::llmcore::QuantFormat::format: {             \
-    using F = Quant<::llmcore::QuantFormat::format>; \
-    __VA_ARGS__;                                     \
-    break;                                           \
-  }
-#define LLMCORE_DISPATCH_QUANT(format, F, ...) \
-  switch (format) {                            \
-    LLMCORE_QUANT_CASE_(q4_0, F, __VA_ARGS__)  \
-    LLMCORE_QUANT_CASE_(q4_1, F, __VA_ARGS__)  \
-    LLMCORE_QUANT_CASE_(q5_0, F, __VA_ARGS__)  \
-    LLMCORE_QUANT_CASE_(q5_1, F, __VA_ARGS__)  \
-    LLMCORE_QUANT_CASE_(q8_0, F, __VA_ARGS__)  \
-    LLMCORE_QUANT_CASE_(q4_k, F, __VA_ARGS__)  \
-    LLMCORE_QUANT_CASE_(q5_k, F, __VA_ARGS__)  \
-    LLMCORE_QUANT_CASE_(q6_k, F, __VA_ARGS__)  \
-  }

@@ -91,7 +91,7 @@ void pack_panel(const PackQuantizedParams& p, int64_t index) {
       const int64_t b32 = b * kWeights / kQuantBlock;
       for (int64_t i = 0; i < kWeights / kQuantBlock; ++i)
         write_lines<F>(block.q + i * kQuantBlock, r, lines + (b32 + i) * F::kBlockBytes);
-      uint8_t* scales = panel + (F::scales(panel, b32) - panel);
+      uint8_t* scales = panel + (half_scales<F>(panel, b32) - panel);
       __builtin_memcpy(scales + r * 2, block.d, 2);
       if constexpr (F::kHasMin) __builtin_memcpy(scales + 32 + r * 2, block.m, 2);
       if constexpr (F::kNested)
@@ -136,11 +136,11 @@ void read_row(const uint8_t* weight, int64_t k, int64_t row, T* y) {
   const uint8_t* lines = panel + quant_scale_bytes(F::kLayout, k);
   const int64_t r = row % kQuantPanel;
   for (int64_t b = 0; b < k / kQuantBlock; ++b, lines += F::kBlockBytes, y += kQuantBlock) {
-    const uint8_t* halves = F::scales(panel, b);
+    const uint8_t* halves = half_scales<F>(panel, b);
     float scale[2] = {half_at(halves + r * 2), 0}, addend = 0;
     if constexpr (F::kHasMin) addend = half_at(halves + 32 + r * 2);
     if constexpr (F::kNested) {
-      const uint8_t* bytes = F::nested_scales(panel, b);
+      const uint8_t* bytes = byte_scales<F>(panel, b);
       if constexpr (F::kHasMin) addend = -(addend * bytes[16 + r]);
       if constexpr (F::kHalves) scale[1] = scale[0] * static_cast<int8_t>(bytes[16 + r]);
       scale[0] *= static_cast<int8_t>(bytes[r]);

@@ -162,6 +162,8 @@ PTX_DEVICE float reciprocal(float x) {  // relative error 2^-23
 }
 PTX_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself: never fused into an fma
 PTX_DEVICE int popcount(uint32_t x) { return __popc(x); }
+// c + the products of the four signed bytes of a and b
+PTX_DEVICE int dot_int8(uint32_t a, uint32_t b, int c) { return __dp4a(static_cast<int>(a), static_cast<int>(b), c); }
 // Byte i of the result is byte (selector >> 4 i & 7) of the eight bytes (high, low).
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
@@ -286,6 +288,10 @@ PTX_DEVICE float product(float x, float y) {
   return xy;
 }
 PTX_DEVICE int popcount(uint32_t x) { return __builtin_popcount(x); }
+PTX_DEVICE int dot_int8(uint32_t a, uint32_t b, int c) {
+  for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return c;
+}
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t r = 0;

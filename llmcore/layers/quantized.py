@@ -8,10 +8,10 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from llmcore import ops, reference
+from llmcore import ops
 from llmcore.layers.latent_attention import LatentAttention
 from llmcore.layers.linear import Linear
-from llmcore.reference.quantized import FORMATS, format_named
+from llmcore.ops.quantized_linear import FORMATS, format_named, quantize
 
 # What `quantize_model` is asked for -> what rows take whose length is no multiple of 256, and what the table of
 # embeddings takes, which is also the output matrix of tied models and suffers most: llama.cpp's choices.
@@ -123,7 +123,7 @@ def quantize_model(model: nn.Module, format: str) -> nn.Module:
     (`kv_b`).
 
     Args:
-        format: a name of `llmcore.reference.quantized.FORMATS`.
+        format: a name of `llmcore.ops.quantized_linear.FORMATS`.
     """
     format_named(format)
     table = _TABLE.get(format, _TABLE_ELSE)
@@ -134,11 +134,11 @@ def quantize_model(model: nn.Module, format: str) -> nn.Module:
             if isinstance(layer, Linear) or (isinstance(layer, nn.Linear) and name == "lm_head"):
                 wanted = table if name == "lm_head" else format
                 if (chosen := _format_for(wanted, layer.in_features)) is not None:
-                    blocks = reference.quantize(layer.weight, chosen)
+                    blocks = quantize(layer.weight, chosen)
                     setattr(parent, name, QuantizedLinear([(chosen, blocks)], layer.bias))
             elif isinstance(layer, nn.Embedding) and name == "embed_tokens":
                 if (chosen := _format_for(table, layer.embedding_dim)) is not None:
-                    blocks = reference.quantize(layer.weight, chosen)
+                    blocks = quantize(layer.weight, chosen)
                     setattr(parent, name, QuantizedEmbedding(chosen, blocks, layer.weight.dtype))
     return model
 

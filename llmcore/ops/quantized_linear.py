@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmcore import reference
 from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, refuse_gradient, register, register_fake, use_kernel
-from llmcore.reference.quantized import FORMATS, format_named
+from llmcore.reference.quantized import FORMATS, format_named, quantize, rounded
+
+__all__ = [
+    "FORMATS",
+    "format_named",
+    "pack_quantized",
+    "quantize",
+    "quantized_embedding",
+    "quantized_linear",
+    "quantized_linear_",
+]
+
+# Rows of x up to which a GPU multiplies by the packed weight.
+MAX_CUDA_ROWS = 32
 
 
 def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, bias: Tensor | None = None) -> Tensor:
@@ -20,7 +34,8 @@ def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, 
     arithmetic. 32 elements whose magnitudes are all below 2^-100 become zeros; an element that is not finite makes its
     row of y NaN. W is taken as its format says, unrounded; sums are in float32.
 
-    On the CPU one kernel serves any number of rows. A row's result depends neither on the rows beside it nor on the
+    On the CPU one kernel serves any number of rows; on a GPU up to 32, and for more the weight becomes numbers of x's
+    dtype for torch's product. On the CPU a row's result depends neither on the rows beside it nor on the
     number of threads. There is no gradient: asking for x's is an error.
 
     Args:
@@ -35,6 +50,8 @@ def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, 
     """
     if not use_kernel("quantized_linear", x):
         return reference.quantized_linear(x, packed, format, out_features, bias)
+    if x.is_cuda and x.numel() > MAX_CUDA_ROWS * x.shape[-1]:
+        return _dense(x, packed, format, out_features, bias)
     return torch.ops.llmcore.quantized_linear(x, packed, format, out_features, bias)
 
 
@@ -51,8 +68,17 @@ def quantized_linear_(y: Tensor, x: Tensor, packed: Tensor, format: str, bias: T
         raise NotImplementedError("quantized_linear_ has no gradient")
     if not use_kernel("quantized_linear_", y):
         return reference.quantized_linear_(y, x, packed, format, bias)
+    if x.is_cuda and x.numel() > MAX_CUDA_ROWS * x.shape[-1]:
+        return y.copy_(_dense(x, packed, format, y.shape[-1], bias))
     torch.ops.llmcore.quantized_linear_(y, x, packed, format, bias)
     return y
+
+
+def _dense(x: Tensor, packed: Tensor, format: str, n: int, bias: Tensor | None) -> Tensor:
+    """Many rows on a GPU: the weight as numbers of x's dtype, for torch's product."""
+    rows = torch.arange(n, device=x.device)
+    weight = torch.ops.llmcore.quantized_embedding(rows, packed, format, n, x.shape[-1], x.dtype)
+    return F.linear(rounded(x).to(x.dtype), weight, bias)
 
 
 def pack_quantized(blocks: Tensor, format: str) -> Tensor:
@@ -76,7 +102,8 @@ def quantized_embedding(
     """Rows of a quantised W as numbers: a table that is also the output matrix lies in memory once.
 
     Args:
-        ids: (...) int32 or int64, 0 to num_embeddings - 1.
+        ids: (...) int32 or int64, 0 to num_embeddings - 1. On a GPU, which the host does not wait for, another id gives
+            a row of NaN.
         packed, format: W, (num_embeddings, dim), as of `quantized_linear`.
         dtype: of the result; W's numbers are rounded to it once.
 
@@ -111,9 +138,7 @@ def _(ids, packed, format, num_embeddings, dim, dtype):
 
 
 refuse_gradient("quantized_linear")
-torch.library.impl("llmcore::quantized_linear_", "CUDA", lambda *args: (reference.quantized_linear_(*args), None)[1])
-for _name in ("quantized_linear", "pack_quantized", "quantized_embedding"):
-    torch.library.impl(f"llmcore::{_name}", "CUDA", getattr(reference, _name))
+torch.library.impl("llmcore::pack_quantized", "CUDA", reference.pack_quantized)  # once for a weight
 
 
 def _blocks(format: str, n: int, k: int, make: torch.Generator, device: str) -> Tensor:

@@ -444,7 +444,7 @@ def _quantized_q6_k(x: Tensor) -> Fields:
 
 
 class _Rounded(torch.autograd.Function):
-    """x as int8 activations stand for it. As for the kernels, no gradient: rounding has none."""
+    """As for the kernels, no gradient: rounding has none."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -470,6 +470,11 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
+def rounded(x: Tensor) -> Tensor:
+    """What the int8 activations made of x stand for, in float32 (float64 for such an x)."""
+    return _Rounded.apply(x)
+
+
 def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, bias: Tensor | None = None) -> Tensor:
     """See `llmcore.ops.quantized_linear`."""
     f = format_named(format)
@@ -479,7 +484,7 @@ def quantized_linear(x: Tensor, packed: Tensor, format: str, out_features: int, 
         check_shape("quantized_linear: bias", bias, n)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = fields_of_packed(packed, f, n, k).weights(f, wide)
-    y = torch.nn.functional.linear(_Rounded.apply(x), weight, None if bias is None else bias.to(wide))
+    y = torch.nn.functional.linear(rounded(x), weight, None if bias is None else bias.to(wide))
     return y.to(x.dtype)
 
 

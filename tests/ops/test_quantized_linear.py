@@ -64,6 +64,18 @@ def test_extreme_quants_do_not_overflow(name, isa):
     torch.testing.assert_close(ops.quantized_linear(x, packed, name, 32).double(), exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_product_is_the_same(dtype):
+    """What a GPU takes for many rows."""
+    dense = ops.quantized_linear.__globals__["_dense"]
+    x, *rest = call("q4_k", 40, 50, 512, dtype)
+    exact = ops.quantized_linear(x, *rest).float()
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (dense(x, *rest).float() - exact).norm() <= limit * exact.norm()
+    with pytest.raises(NotImplementedError, match="quantized_linear has no gradient"):
+        dense(x.requires_grad_(), *rest).sum().backward()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("at", [0, 40, 95])
 def test_what_is_not_finite_stays_in_its_row(value, at, isa):
