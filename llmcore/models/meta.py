@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from llmcore.models.config import ModelConfig
 from llmcore.models.transformer import Transformer
+
+_DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
 
 
 class _WithoutDraws(TorchFunctionMode):
@@ -14,8 +17,8 @@ class _WithoutDraws(TorchFunctionMode):
     which takes a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
-            return args[0]
+        if function in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
 

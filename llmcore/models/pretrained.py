@@ -84,8 +84,11 @@ def build_rope_tables(model: Transformer, source: str | Path, num_bytes: int, de
             f"{source}: max_positions is {model.config.max_positions}: rotary tables of {needed} bytes beside "
             f"{num_bytes} bytes of weights"
         )
-    for table in tables:
-        table.build_tables(device)
+    try:
+        for table in tables:
+            table.build_tables(device)
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{source}: rotary tables of {model.config.rope_scaling}: {error}") from None
 
 
 def _ours(

@@ -6,7 +6,6 @@ SentencePiece's BPE: pieces with scores, spaces as "▁", bytes for what has no 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +114,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GGUFVocabulary:
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", default_bos) and "bos" in ids
     model["post_processor"] = _begins_with(tokens[ids["bos"]], ids["bos"]) if add_bos else None
     tokenizer = Tokenizer(
-        json.dumps({"version": "1.0", **model}, ensure_ascii=False),
+        {"version": "1.0", **model},
         **{f"{role}_token": tokens[ids[role]] for role in ROLES if role in ids},
         chat_template=_text(metadata, "tokenizer.chat_template", prefix=""),
     )

@@ -36,13 +36,14 @@ class Tokenizer:
     `allow_special=True` says that it may become the control token. Added tokens that the file itself does not mark
     `special` are vocabulary and always match.
 
-    `json_text` is the content of a `tokenizer.json`; the `*_token` arguments name the special tokens by their text and
-    must be in its vocabulary. Truncation and padding settings in the file are dropped: they would lose text silently.
+    `content` is that of a `tokenizer.json`, as text or parsed; the `*_token` arguments name the special tokens by their
+    text and must be in its vocabulary. Truncation and padding settings in the file are dropped: they would lose text
+    silently.
     """
 
     def __init__(
         self,
-        json_text: str,
+        content: str | Mapping[str, Any],
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
@@ -50,7 +51,7 @@ class Tokenizer:
         unk_token: str | None = None,
         chat_template: str | None = None,
     ) -> None:
-        data = _parse_object(json_text)
+        data = _parse_object(content) if isinstance(content, str) else dict(content)
         data["truncation"] = data["padding"] = None
         _refuse_what_aborts(data)
         self._json = json.dumps(data, ensure_ascii=False)
