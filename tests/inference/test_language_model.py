@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 import types
@@ -13,6 +14,7 @@ import torch
 import llmcore
 from llmcore.checkpoints import CheckpointError, model_tensors, save_checkpoint
 from llmcore.checkpoints.fetch import cache_dir
+from llmcore.checkpoints.gguf import GGUFFile
 from llmcore.inference import GenerationDefaults, LanguageModel, NewToken, stream
 from llmcore.inference.chat import fit_chat, fit_text, without_oldest_turn
 from llmcore.models import Transformer, llama
@@ -367,3 +369,28 @@ def test_refuses_a_tokenizer_larger_than_the_model(lm, folder, tmp_path):
     larger.save(tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens, the model 320"):
         llmcore.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mutated_files_load_or_are_refused(seed, lm, folder, tmp_path):
+    """Bytes changed in a file's header or in a folder's JSON: one CheckpointError, or a model."""
+    pytest.importorskip("gguf")
+    lm.save_gguf(tmp_path / "a.gguf", "q8_0")
+    shutil.copytree(folder, tmp_path / "b")
+    rng = random.Random(seed)
+    targets = [(tmp_path / "a.gguf", tmp_path / "a.gguf")] * 3
+    targets += [(tmp_path / "b" / name, tmp_path / "b") for name in ("config.json", "tokenizer.json")]
+    for _ in range(8):
+        for file, source in targets:
+            whole = file.read_bytes()
+            content = bytearray(whole)
+            end = GGUFFile(file)._start if file.suffix == ".gguf" else len(whole)
+            for _ in range(rng.randint(1, 3)):
+                at = rng.randrange(end)
+                content[at] = rng.choice([content[at] ^ 1 << rng.randrange(8), 0, 48 + rng.randrange(10), 255])
+            file.write_bytes(content)
+            try:
+                llmcore.load(source)
+            except CheckpointError as error:
+                assert str(tmp_path) in str(error)  # noqa: PT017 (a right load is right too)
+            file.write_bytes(whole)
