@@ -46,7 +46,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Tr
     checkpoint = load_checkpoint(folder, optimizer=False)
     config = folder / "config.json"
     try:
-        model = meta_model(ModelConfig.from_dict(checkpoint.config))
+        model = meta_model(ModelConfig.from_dict(checkpoint.config), len(checkpoint.model))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{config}: {error}") from None
     for name, parameter in model.named_parameters():

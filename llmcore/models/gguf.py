@@ -24,7 +24,7 @@ from llmcore.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES
 from llmcore.models.meta import meta_model
-from llmcore.models.pretrained import build_rope_tables
+from llmcore.models.pretrained import MAX_COUNT, build_rope_tables
 from llmcore.models.transformer import Transformer
 from llmcore.ops import RopeScaling
 
@@ -305,6 +305,9 @@ def gguf_config(file: GGUFFile) -> tuple[Architecture, ModelConfig]:
             f"{file.path}: general.architecture is {metadata.architecture!r}; accepted: {', '.join(ARCHITECTURES)}"
         )
     try:
+        for name, most in (("block_count", len(file)), ("expert_count", MAX_COUNT)):  # what lists are made by
+            if (count := metadata.count(name, 0)) > most:
+                raise ValueError(f"{metadata.architecture}.{name} is {count}; accepted: up to {most}")
         family = FAMILIES[architecture.family(metadata)]
         return architecture, family.config(architecture.config(metadata))
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -342,7 +345,7 @@ def load_gguf(
     file = path if isinstance(path, GGUFFile) else GGUFFile(path)
     architecture, config = gguf_config(file)
     try:
-        model = meta_model(config)
+        model = meta_model(config, len(file))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file.path}: {error}") from None
     if dtype is None and not any(file.format(name) in BLOCKS for name in file):

@@ -22,7 +22,13 @@ class _WithoutDraws(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def meta_model(config: ModelConfig) -> Transformer:
-    """The model on the meta device: no memory for sizes that a file's tensors don't have."""
+def meta_model(config: ModelConfig, num_tensors: int) -> Transformer:
+    """The model on the meta device: no memory for sizes that a file's tensors don't have.
+
+    Raises:
+        ValueError: when it has more layers than the file has tensors.
+    """
+    if config.num_layers > num_tensors:
+        raise ValueError(f"num_layers is {config.num_layers}; the file has {num_tensors} tensors")
     with torch.device("meta"), _WithoutDraws():
         return Transformer(config)

@@ -17,6 +17,8 @@ from llmcore.models.families import FAMILIES, Family, family_of
 from llmcore.models.meta import meta_model
 from llmcore.models.transformer import Transformer
 
+MAX_COUNT = 1 << 14  # of layers, and of experts in one
+_COUNTS = ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts")
 _TABLE_BYTES = 256 << 20  # of rotary tables that the smallest model may have: 2^19 positions of 128 features
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +35,9 @@ def read_config(folder: str | Path) -> tuple[Family, ModelConfig]:
     family = FAMILIES.get(values.get("model_type"))
     if family is None:
         raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}; accepted: {', '.join(FAMILIES)}")
+    for name in _COUNTS:
+        if isinstance(value := values.get(name), int) and value > MAX_COUNT:
+            raise CheckpointError(f"{path}: {name} is {value}; accepted: up to {MAX_COUNT}")
     try:
         return family, family.config(values)
     except ValueError as error:
@@ -57,7 +62,7 @@ def load_pretrained(
     family, config = read_config(folder)
     files = TensorFiles(folder)
     try:
-        model = meta_model(config)
+        model = meta_model(config, len(files))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     with torch.no_grad():

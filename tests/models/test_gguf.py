@@ -359,6 +359,8 @@ def _second_output(tensors, more):
         (_stray, {}, "tensor 'blk.0.attn_rot_embd.weight' has no place in this model"),
         (None, {"attention.head_count": 0}, "llama.attention.head_count is 0; accepted: 1 or more"),
         (None, {"attention.head_count": 3}, "num_kv_heads is 2; accepted: a divisor of num_heads = 3"),
+        (None, {"block_count": 2**31}, "llama.block_count is 2147483648; accepted: up to 29"),
+        (None, {"expert_count": 2**31}, "llama.expert_count is 2147483648; accepted: up to 16384"),
         (None, {"block_count": 4}, "tensor 'blk.3.attn_q.weight' is missing"),
         (None, {"block_count": "three"}, "llama.block_count is 'three'; accepted: a whole number"),
         (None, {"rope.scaling.type": "longrope"}, "scaling.type is 'longrope'; accepted: 'none', 'linear', 'yarn'"),
