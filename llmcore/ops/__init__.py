@@ -24,6 +24,7 @@ from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
 from llmcore.ops.rope_scaling import RopeScaling
 from llmcore.ops.sample import apply_penalties_, sample, sampling_probabilities
+from llmcore.reference import dequantize
 
 __all__ = [
     "BackendFallbackWarning",
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "backend",
     "check_device_errors",
+    "dequantize",
     "dyt",
     "explain",
     "geglu",
