@@ -247,11 +247,11 @@ PTX_DEVICE Vec16 load_cached_16(const void* p) { return *simt::aligned<const Vec
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
 // Atomic to ThreadSanitizer too: plain accesses without a barrier between are races.
 PTX_DEVICE uint32_t shared_add(uint32_t* p, uint32_t x) {
-  simt::shared_address(p);
+  simt::shared_pointer(simt::shared_address(p), sizeof *p);
   return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 }
 PTX_DEVICE void shared_or(uint32_t* p, uint32_t x) {
-  simt::shared_address(p);
+  simt::shared_pointer(simt::shared_address(p), sizeof *p);
   __atomic_fetch_or(p, x, __ATOMIC_RELAXED);
 }
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
