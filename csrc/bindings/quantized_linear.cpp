@@ -1,17 +1,19 @@
 #include "llmcore/quantized_linear.h"
 
 #include "common.h"
+#include "quant_format.h"
 
 namespace llmcore {
-namespace {
-
-QuantFormat format_named(const std::string& name, const char* op) {
+QuantFormat quant_format(const std::string& name, const char* op) {
   for (int i = 0; i < kQuantFormats; ++i)
     if (name == kQuantLayouts[i].name) return static_cast<QuantFormat>(i);
   std::ostringstream names;
   for (int i = 0; i < kQuantFormats; ++i) names << (i ? ", " : "") << kQuantLayouts[i].name;
   fail(op, ": quantised format '", name, "'; accepted: ", names.str());
 }
+
+namespace {
+
 const QuantLayout& layout_of(QuantFormat format) { return kQuantLayouts[static_cast<int>(format)]; }
 
 // Of a packed matrix (n, k), dense.
@@ -32,7 +34,7 @@ Tensor checked_weight(const Tensor& packed, const Tensor& like, QuantFormat form
 void multiply(const Tensor& x, const Tensor& packed, const std::string& format, const OptTensor& bias, Tensor& y,
               int64_t n, int64_t y_stride, const std::string& op) {
   const DType dtype = float_dtype(x, (op + ": x").c_str());
-  const QuantFormat f = format_named(format, op.c_str());
+  const QuantFormat f = quant_format(format, op.c_str());
   const int64_t k = x.size(-1);
   const Tensor weight = checked_weight(packed, x, f, n, k, op);
   if (bias) check_like(*bias, x, {n}, (op + ": bias").c_str(), "x");
@@ -81,7 +83,7 @@ void quantized_linear_(Tensor y, const Tensor& x, const Tensor& packed, const st
 }
 
 Tensor pack_quantized(const Tensor& blocks, const std::string& format) {
-  const QuantFormat f = format_named(format, "pack_quantized");
+  const QuantFormat f = quant_format(format, "pack_quantized");
   const QuantLayout& layout = layout_of(f);
   LLMCORE_CHECK(
       blocks.scalar_type() == ScalarType::Byte && blocks.dim() == 2 && blocks.size(1) % layout.block_bytes == 0,
@@ -98,7 +100,7 @@ Tensor pack_quantized(const Tensor& blocks, const std::string& format) {
 
 Tensor quantized_embedding(const Tensor& ids, const Tensor& packed, const std::string& format, int64_t num_embeddings,
                            int64_t dim, ScalarType dtype) {
-  const QuantFormat f = format_named(format, "quantized_embedding");
+  const QuantFormat f = quant_format(format, "quantized_embedding");
   const Tensor rows = indices(ids, "quantized_embedding: ids");
   const Tensor weight = checked_weight(packed, ids, f, num_embeddings, dim, "quantized_embedding");
   const IndexValues values = values_of(rows);
