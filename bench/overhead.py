@@ -28,6 +28,7 @@ from bench.cpu.step import ROW_LEN, ROWS, our_model
 from bench.model import our_step, text
 from llmcore import ops
 from llmcore.inference.cache import PagedKVCache
+from llmcore.inference.decoder import Decoder
 from llmcore.inference.sampling import draw
 
 MOVES = ("clone", "copy_", "_to_copy", "cat", "stack", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "full")
@@ -69,18 +70,22 @@ def training(layers: int, tiny: bool) -> Callable[[], object]:
     return our_step(model, text(rows, length, model.config.vocab_size, CPU))
 
 
-def decoding(layers: int, tiny: bool, batch: int = 1, context: int = 128) -> Callable[[], object]:
-    """One token for each of `batch` sequences, as `generate` does it. The cache does not grow: a step is repeatable."""
+def decoding(
+    layers: int, tiny: bool, batch: int = 1, context: int = 128, op_by_op: bool = False
+) -> Callable[[], object]:
+    """One token for each of `batch` sequences, as `generate` does it, or with a call for each op. The cache does not
+    grow: a step is repeatable."""
     model = our_model(torch.bfloat16, num_layers=layers, **(TINY if tiny else {})).eval()
     context = 8 if tiny else context
     blocks = PagedKVCache.blocks_for(context + 1)
     cache = PagedKVCache(model.config, batch * blocks, dtype=torch.bfloat16)
     cache.extend(range(batch), [context] * batch)
+    decoder, tokens = Decoder(model, cache), torch.zeros(batch, dtype=torch.int64)
 
     @torch.inference_mode()
     def step() -> None:
         room = cache.extend(range(batch), [1] * batch)
-        hidden = model(torch.zeros(batch, dtype=torch.int64), cache=room).hidden
+        hidden = model(tokens, cache=room).hidden if op_by_op else decoder.hidden(tokens, room)
         draw(model.logits(hidden), [0] * batch, [context] * batch, temperature=0)
         for sequence in range(batch):
             cache.lengths[sequence] = context
@@ -176,6 +181,8 @@ def main() -> None:
         "training step": (lambda tiny: training(options.layers, tiny), 2048, 5),
         "decode step, 1 sequence": (lambda tiny: decoding(options.layers, tiny), 2, 50),
         "decode step, 16 sequences": (lambda tiny: decoding(options.layers, tiny, batch=16), 2, 30),
+        "decode step op by op, 1 sequence": (lambda tiny: decoding(options.layers, tiny, op_by_op=True), 2, 50),
+        "decode step op by op, 16 sequences": (lambda tiny: decoding(options.layers, tiny, 16, op_by_op=True), 2, 30),
     }
     for name, arguments in what.items():
         result[name] = report_step(name, *arguments)
