@@ -2,8 +2,8 @@
 
     python bench/overhead.py [--layers 12] [--threads N] [--json FILE]
 
-1. The step's calls of torch operators, and its time; the time of the very same calls on tiny tensors, which is what
-   they cost besides their work.
+1. The step's calls of torch operators, its time, and the operators that it goes to; the time of the very same calls on
+   tiny tensors, which is what they cost besides their work.
 2. Microseconds of one call of each op on tiny tensors: in inference mode, under no_grad, forward and backward.
 3. Copies, casts and fills: shape, dtype, and the line of llmcore that they come from (in a backward pass, the formula).
 """
@@ -133,11 +133,12 @@ def count(step: Callable[[], object], floor: int) -> Calls:
     return calls
 
 
-def all_moves(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """name -> (calls, milliseconds) of copies and fills, with those that bindings make, which the mode does not see."""
+def own_times(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """operator -> (calls, milliseconds in it alone), the longest first, with those that bindings call, which the mode
+    does not see."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
-    events = (e for e in profile.key_averages() if e.key.removeprefix("aten::") in MOVES)
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
     return {e.key: (e.count, e.self_cpu_time_total / 1e3) for e in events if e.self_cpu_time_total > 0}
 
 
@@ -153,9 +154,12 @@ def report_step(name: str, make: Callable[[bool], Callable[[], object]], floor: 
     print("  " + "  ".join(f"{n} {op}" for op, n in calls.count.most_common(24)))
     for move, times in calls.moves.most_common():
         print(f"  {times:4}x {move}")
-    moves = all_moves(step)
+    times = own_times(step)
+    whole = sum(ms for _, ms in times.values())
+    print("  time: " + "  ".join(f"{name} {ms / whole:.1%}" for name, (_, ms) in list(times.items())[:12]))
+    moves = {name: entry for name, entry in times.items() if name.removeprefix("aten::") in MOVES}
     print("  with those in bindings: " + "  ".join(f"{n} {name} {ms:.2f} ms" for name, (n, ms) in moves.items()))
-    return {"calls": dict(calls.count), "moves": dict(calls.moves), "all": moves, "ms": total, "tiny_ms": bare}
+    return {"calls": dict(calls.count), "moves": dict(calls.moves), "own_times": times, "ms": total, "tiny_ms": bare}
 
 
 def main() -> None:
