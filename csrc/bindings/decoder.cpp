@@ -9,6 +9,7 @@
 #include "llmcore/linear.h"
 #include "llmcore/norm.h"
 #include "llmcore/qk_norm_rope.h"
+#include "quant_format.h"
 
 namespace py = pybind11;
 
@@ -18,7 +19,18 @@ namespace {
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 void product(const Matrix& w, DType dtype, int64_t rows, const void* x, void* y, const Parallel& par) {
-  cpu::linear({dtype, rows, w.n, w.k, x, w.k, w.weight, w.k, w.bias, y}, par);
+  int64_t begin = 0;
+  for (const MatrixPart& part : w.parts) {
+    const int64_t skip = begin * bytes_of(dtype);
+    const void* bias = w.bias ? static_cast<const char*>(w.bias) + skip : nullptr;
+    if (part.quantized)
+      cpu::quantized_linear({dtype, part.format, rows, part.rows, w.k, x, w.k, static_cast<const uint8_t*>(part.weight),
+                             bias, static_cast<char*>(y) + skip, w.n},
+                            par);
+    else
+      cpu::linear({dtype, rows, w.n, w.k, x, w.k, part.weight, w.k, bias, y}, par);
+    begin += part.rows;
+  }
 }
 
 }  // namespace
@@ -189,8 +201,15 @@ DType dtype_named(const std::string& text) {
 }
 
 Matrix matrix(const py::handle& values) {
-  const auto t = values.cast<py::tuple>();
-  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), pointer<const void>(t[2]), pointer<const void>(t[3])};
+  const auto t = values.cast<py::tuple>();  // (n, k, bias, ((format or "", rows, weight), ...))
+  Matrix m{t[0].cast<int64_t>(), t[1].cast<int64_t>(), pointer<const void>(t[2]), {}};
+  for (const py::handle& item : t[3].cast<py::tuple>()) {
+    const auto part = item.cast<py::tuple>();
+    const auto format = part[0].cast<std::string>();
+    m.parts.push_back({!format.empty(), format.empty() ? QuantFormat::q4_0 : quant_format(format, "decoder"),
+                       part[1].cast<int64_t>(), pointer<const void>(part[2])});
+  }
+  return m;
 }
 
 DecoderSizes sizes(const py::dict& d) {

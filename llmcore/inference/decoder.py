@@ -7,13 +7,13 @@ from torch import Tensor
 
 from llmcore import _C
 from llmcore.inference.cache import PagedKVCache
-from llmcore.layers import Attention, CacheStep, GatedMLP
+from llmcore.layers import Attention, CacheStep, GatedMLP, QuantizedLinear
 from llmcore.models import Transformer
 from llmcore.models.transformer import Block
 from llmcore.ops.linear import MAX_ROWS
 from llmcore.ops.registry import has_kernel
 
-_OPS = ("linear", "rms_norm", "qk_norm_rope_cache_write", "paged_attention", "swiglu")
+_OPS = ("linear", "quantized_linear", "rms_norm", "qk_norm_rope_cache_write", "paged_attention", "swiglu")
 
 
 class Decoder:
@@ -33,8 +33,8 @@ class Decoder:
         scale = attention.options["scale"]
         self._decoder = _C.Decoder(
             {
-                "dtype": _name(model.lm_head_weight),
-                "cache_dtype": _name(cache.k_caches[0]),
+                "dtype": _name(model.dtype),
+                "cache_dtype": _name(cache.k_caches[0].dtype),
                 "dim": c.dim,
                 "num_heads": c.num_heads,
                 "num_kv_heads": c.num_kv_heads,
@@ -98,13 +98,18 @@ class Decoder:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _matrix(self, linear: torch.nn.Linear) -> tuple[int, int, int, int]:
+    def _matrix(self, linear: torch.nn.Linear | QuantizedLinear) -> tuple[int, int, int, tuple]:
         bias = 0 if linear.bias is None else self._at(linear.bias)
-        return *linear.weight.shape, self._at(linear.weight), bias
+        if isinstance(linear, QuantizedLinear):
+            weights = [getattr(linear, f"packed{i}") for i in range(len(linear.parts))]
+            parts = tuple((*part, self._at(weight)) for part, weight in zip(linear.parts, weights))
+        else:
+            parts = (("", linear.out_features, self._at(linear.weight)),)
+        return linear.out_features, linear.in_features, bias, parts
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def can_decode(model: Transformer) -> bool:
@@ -113,9 +118,9 @@ def can_decode(model: Transformer) -> bool:
 
 
 def _refusal(model: Transformer) -> str | None:
-    weight, c = model.lm_head_weight, model.config
-    if not weight.is_cpu or not all(has_kernel(op, weight) for op in _OPS):
-        return f"its weights are {_name(weight)} on {weight.device}"
+    c = model.config
+    if model.device.type != "cpu" or not all(has_kernel(op, model) for op in _OPS):
+        return f"it is {_name(model.dtype)} on {model.device}"
     if c.position == "learned":
         return "it adds positions to its embeddings"
     if c.norm != "rms" or c.norm_placement not in ("pre", "sandwich"):
@@ -126,6 +131,6 @@ def _refusal(model: Transformer) -> str | None:
             return f"its attention is {type(attention).__name__} with norms of {c.qk_norm_scope} heads"
         if type(mlp) is not GatedMLP or c.activation not in ("swiglu", "geglu"):
             return f"its feed-forward layers are {type(mlp).__name__} with {c.activation}"
-        if any(p.dtype != weight.dtype for p in block.parameters()):
+        if any(p.dtype != model.dtype for p in block.parameters()):
             return "its weights have several dtypes"
     return None

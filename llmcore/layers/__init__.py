@@ -7,6 +7,7 @@ from llmcore.layers.linformer import LinformerAttention
 from llmcore.layers.mlp import MLP, GatedMLP, make_mlp
 from llmcore.layers.moe import MoE, MoEOutput
 from llmcore.layers.norm import DyT, LayerNorm, RMSNorm, make_norm
+from llmcore.layers.quantized import QuantizedEmbedding, QuantizedLinear, quantize_model
 from llmcore.layers.rope import RotaryEmbedding
 
 __all__ = [
@@ -21,8 +22,11 @@ __all__ = [
     "LinformerAttention",
     "MoE",
     "MoEOutput",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "make_mlp",
     "make_norm",
+    "quantize_model",
 ]

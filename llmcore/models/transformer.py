@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.layers import Attention, CacheStep, LatentAttention, MoE, MoEOutput, RotaryEmbedding, make_mlp, make_norm
+from llmcore.layers import (
+    Attention,
+    CacheStep,
+    LatentAttention,
+    MoE,
+    MoEOutput,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    RotaryEmbedding,
+    make_mlp,
+    make_norm,
+)
 from llmcore.models.config import ModelConfig
 
 
@@ -28,6 +39,7 @@ def _norm(config: ModelConfig) -> nn.Module:
     return make_norm(config.norm, config.dim, config.norm_eps, config.norm_bias, config.norm_unit_offset)
 
 
+_QUANTIZED = (QuantizedEmbedding, QuantizedLinear)
 _NORMS_OF_PLACEMENT = {
     "pre": ("attention_norm", "mlp_norm"),
     "post": ("attention_norm", "mlp_norm"),
@@ -148,8 +160,31 @@ class Transformer(nn.Module):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The output matrix, (vocab_size, dim)."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output matrix, (vocab_size, dim).
+
+        Raises:
+            TypeError: when it is quantised.
+        """
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        if isinstance(head, _QUANTIZED):
+            raise TypeError("the output matrix is quantised: it is for inference only, by way of logits()")
+        return head.weight
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether `llmcore.layers.quantize_model` or a file quantised any of its weights."""
+        return any(isinstance(layer, _QUANTIZED) for layer in self.modules())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and logits."""
+        table = self.embed_tokens
+        return table.dtype if isinstance(table, QuantizedEmbedding) else table.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        table = self.embed_tokens
+        return table.device if isinstance(table, QuantizedEmbedding) else table.weight.device
 
     def forward(
         self,
@@ -248,7 +283,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., dim) -> logits (..., vocab_size), in hidden's dtype."""
-        logits = ops.linear(hidden, self.lm_head_weight)
+        if isinstance(self.lm_head, QuantizedLinear):
+            logits = self.lm_head(hidden)
+        elif self.lm_head is None and isinstance(self.embed_tokens, QuantizedEmbedding):
+            logits = self.embed_tokens.project(hidden)
+        else:
+            logits = ops.linear(hidden, self.lm_head_weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -270,6 +310,7 @@ class Transformer(nn.Module):
         """How many parameters there are, a tied matrix counted once; with `active`, those one token's pass uses: of
         routed experts only its own, of the lookup tables none."""
         count = sum(p.numel() for p in self.parameters())
+        count += sum(layer.num_weights for layer in self.modules() if isinstance(layer, _QUANTIZED))
         if not active:
             return count
         moe = self.config.moe
@@ -278,7 +319,7 @@ class Transformer(nn.Module):
                 routed = block.mlp.gate_up.numel() + block.mlp.down.numel()
                 count -= routed // moe.num_experts * (moe.num_experts - moe.top_k)
         tables = [self.embed_positions, self.embed_tokens if self.lm_head is not None else None]
-        return count - sum(table.weight.numel() for table in tables if table is not None)
+        return count - sum(table.num_embeddings * table.embedding_dim for table in tables if table is not None)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of training (forward and backward) per token of sequences of `seq_len` tokens.

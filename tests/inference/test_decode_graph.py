@@ -56,14 +56,16 @@ def test_is_for_gpus():
 def test_needs_kernels_for_every_op_of_the_step(monkeypatch):
     """References look at their inputs on the host, which a capture does not allow."""
 
-    def capturable(moe=None, head_dim=64, without=None):
-        monkeypatch.setattr(decode_graph, "has_kernel", lambda op, weight: op != without)
+    def capturable(moe=None, head_dim=64, without=None, quantized=False):
+        monkeypatch.setattr(decode_graph, "has_kernel", lambda op, model: op != without)
         config = SimpleNamespace(moe=moe, head_dim=head_dim)
-        return can_capture(SimpleNamespace(lm_head_weight=SimpleNamespace(is_cuda=True), config=config))
+        device = torch.device("cuda")
+        return can_capture(SimpleNamespace(device=device, is_quantized=quantized, config=config))
 
     assert capturable(head_dim=576)
     assert capturable(moe="some")
     assert capturable(without="moe_route")
     assert not capturable(head_dim=640)  # attention takes its reference
     assert not capturable(without="paged_attention")
+    assert not capturable(quantized=True)
     assert not capturable(moe="some", without="moe_route")

@@ -7,7 +7,9 @@ import torch
 
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decoder import Decoder, can_decode
+from llmcore.layers import QuantizedLinear, quantize_model
 from llmcore.models import ModelConfig, Transformer
+from llmcore.ops.quantized_linear import quantize
 
 PLAIN = ModelConfig(vocab_size=61, dim=48, num_layers=3, num_heads=6, num_kv_heads=2, ffn_dim=80, max_positions=64)
 KINDS = {
@@ -47,6 +49,33 @@ def test_same_bits_as_the_model(kind, dtype):
         assert torch.equal(decoder.hidden(tokens, steps[1]), model(tokens, cache=steps[0]).hidden)
     for mine, theirs in zip(caches[1].k_caches + caches[1].v_caches, caches[0].k_caches + caches[0].v_caches):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_quantised_weights(dtype):
+    """All in one format, parts of a matrix in several, and one left as it is."""
+    config = dataclasses.replace(PLAIN, dim=64, num_heads=4, ffn_dim=96, qkv_bias=True)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    for block in model.blocks:
+        block.attention.qkv.bias.normal_()
+    model.blocks[1].attention.qkv = _mixed(model.blocks[1].attention.qkv)
+    kept = model.blocks[2].mlp.down
+    quantize_model(model, "q4_0")
+    model.blocks[2].mlp.down = kept
+    model = model.to(dtype).eval()
+    caches = [PagedKVCache(config, 8, dtype=dtype) for _ in range(2)]
+    decoder = Decoder(model, caches[1])
+    for sequences, counts in (([0, 1], [9, 4]), ([1, 0], [1, 1])):
+        tokens = torch.randint(61, (sum(counts),))
+        steps = [cache.extend(sequences, counts) for cache in caches]
+        assert torch.equal(decoder.hidden(tokens, steps[1]), model(tokens, cache=steps[0]).hidden)
+
+
+def _mixed(linear: torch.nn.Linear) -> QuantizedLinear:
+    parts = [("q5_1", linear.weight[:40]), ("q8_0", linear.weight[40:])]
+    return QuantizedLinear([(f, quantize(rows, f)) for f, rows in parts], linear.bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8, torch.float8_e4m3fn])

@@ -8,14 +8,23 @@
 #include "llmcore/dtype.h"
 #include "llmcore/glu.h"
 #include "llmcore/parallel.h"
+#include "llmcore/quantized_linear.h"
 
 namespace llmcore {
 
-// y = x W^T + bias, W of (n, k).
+// Rows of a matrix: in blocks of `format`, packed, or dense in the model's dtype.
+struct MatrixPart {
+  bool quantized;
+  QuantFormat format;
+  int64_t rows;
+  const void* weight;
+};
+
+// y = x W^T + bias, W of (n, k), its rows in parts one below the other: a single one unless they are quantised.
 struct Matrix {
   int64_t n, k;
-  const void* weight;  // dense rows of the model's dtype
-  const void* bias;    // (n) or null
+  const void* bias;  // (n) or null
+  std::vector<MatrixPart> parts;
 };
 
 // Pre-norm layers (or with norms of what they add, too) of grouped-query attention and a gated feed-forward layer.

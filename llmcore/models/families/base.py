@@ -167,12 +167,13 @@ class Family:
         """Whether a config.json of this family says all that `config` says, but for what matters to training alone."""
         try:
             back = self.config(self.config_json(config))
-        except ValueError:
+        except (ValueError, AttributeError):  # the latter from config.moe and config.mla, None in other families
             return False
-        return _inference(back) == _inference(config)
+        return inference_settings(back) == inference_settings(config)
 
 
-def _inference(config: ModelConfig) -> dict[str, Any]:
+def inference_settings(config: ModelConfig) -> dict[str, Any]:
+    """A configuration without what matters to training alone."""
     values = config.to_dict() | _TRAINING_ONLY
     if config.moe is not None:
         values["moe"] = values["moe"] | {"balancing": config.moe.balancing == "bias", "aux_weight": 0, "bias_rate": 0}
