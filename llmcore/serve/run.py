@@ -1,0 +1,61 @@
+"""Runs the application in this process until it is told to end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+_SPARE = 2.0  # seconds between the requests' last moment and that of the process
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """From now on requests on open connections get 503, and so does /health."""
+        self.config.app.state.served.gate.closed = True
+        super().handle_exit(sig, frame)
+
+
+def serve(app: FastAPI, host: str, port: int, say: Callable[[str], None]) -> int:
+    """Serves until SIGTERM or Ctrl-C: then no connection is taken any more, the requests that run may end within
+    `Limits.drain_timeout`, and the rest is ended. The exit code: 0, or 130 for Ctrl-C.
+
+    Raises:
+        OSError: when the address can't be had.
+    """
+    sockets = [_listen(host, port)]
+    where = sockets[0].getsockname()
+    shown = f"[{where[0]}]" if ":" in where[0] else where[0]
+    served = app.state.served
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 << 10,
+        timeout_graceful_shutdown=max(1, round(served.limits.drain_timeout + _SPARE)),
+    )  # fmt: skip
+    # uvicorn raises the signal again when it is done, for whoever had it before
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        say(f"serving {served.name} at http://{shown}:{where[1]}")
+        _Server(config).run(sockets=sockets)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise OSError(f"--host is {host!r}: {error}") from None
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise OSError(f"can't listen at {host}:{port}: {error}") from None
+    return listening
