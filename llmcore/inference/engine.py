@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from llmcore.inference.cache import PagedKVCache
+from llmcore.inference.constraints import Matcher
 from llmcore.inference.params import SamplingParams
 from llmcore.inference.runner import Drawn, Runner
 from llmcore.inference.scheduler import Scheduler, Work
@@ -80,7 +81,7 @@ class Engine:
 
         Raises:
             ValueError: for an empty prompt, a token outside the vocabulary, more than the model or the cache can hold,
-                or an id that is in use.
+                or an id that is in use; for a wrong constraint (see `prepare`).
         """
         params = params or SamplingParams()
         request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
@@ -88,12 +89,27 @@ class Engine:
             raise ValueError(f"request_id {request_id!r} is in use")
         tokens = self._tokens(prompt)
         request = Request(request_id, tokens, params, max_tokens=self._max_tokens(tokens, params))
+        request.matcher = self.prepare(params)
         request.stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else self.stop_ids)
         request.arrival = time.monotonic()
         request.seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
         self.requests[request_id] = request
         self.scheduler.add(self._new_sequence(request, 0))
         return request_id
+
+    def prepare(self, params: SamplingParams) -> Matcher | None:
+        """A matcher of the constraint, if there is one. Compiles it, which may take a second, unless that has been
+        done: so where others wait for the engine's thread, call this in another before `add`.
+
+        Raises:
+            ValueError: for a constraint that is wrong or too large.
+            ImportError: for one whose package is missing.
+        """
+        if params.constraint is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError("there is a constraint, but the engine has no tokenizer; accepted: None")
+        return params.constraint.matcher(self.tokenizer, self.model.config.vocab_size, self.stop_ids)
 
     def _tokens(self, prompt: str | Sized[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -135,6 +151,7 @@ class Engine:
             tokens=list(request.prompt),
             seed=(seed + 2**63) % 2**64 - 2**63,
             stream=TextStream(self.tokenizer, request.params.stop),
+            matcher=request.matcher.fork() if request.matcher is not None else None,
         )
         request.sequences.append(sequence)
         return sequence

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmcore import ops
 from llmcore.inference.cache import PagedKVCache
+from llmcore.inference.constraints import mask_logits_
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
 from llmcore.inference.decoder import Decoder, can_decode
 from llmcore.inference.scheduler import Work
@@ -92,8 +93,9 @@ class Runner:
         for sequence, indices in of_sequence.items():
             taken: list[int] = []
             for index, draft in zip(indices, [*sequence.drafts, None]):
-                if tokens[index] is None:
-                    result[sequence] = Drawn(failed=True)
+                if tokens[index] is None:  # after a draft it is the next step's matter, as without drafts
+                    if not taken:
+                        result[sequence] = Drawn(failed=True)
                     break
                 taken.append(tokens[index])
                 if tokens[index] != draft:
@@ -190,7 +192,8 @@ def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
     for index, (sequence, j, _) in enumerate(rows):
         params = sequence.params
         too_early = sequence.num_output + j < params.min_tokens and sequence.request.stop_ids
-        if not (params.logit_bias or params.has_penalties or sequence.matcher or too_early):
+        too_early = too_early and sequence.matcher is None  # a constraint says itself where a text may end
+        if not (params.logit_bias or params.has_penalties or sequence.matcher is not None or too_early):
             continue
         if changed is logits:
             changed = logits.clone()
@@ -207,8 +210,8 @@ def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
             row[0, ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=logits.device)
         if too_early:
             row[0, list(sequence.request.stop_ids)] = -torch.inf
-        if sequence.matcher is not None:
-            row[0].masked_fill_(~sequence.matcher.allowed(row.shape[1]).to(logits.device), -torch.inf)
+    if constrained := [(i, s.matcher, s.drafts[:j]) for i, (s, j, _) in enumerate(rows) if s.matcher is not None]:
+        mask_logits_(changed, constrained)
     return changed
 
 

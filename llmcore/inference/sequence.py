@@ -16,7 +16,7 @@ class Finish(enum.Enum):
     STOP = "stop"  # a stop token or string, or the end of what a constraint allows
     LENGTH = "length"
     ABORT = "abort"
-    ERROR = "error"  # the model's logits were no numbers
+    ERROR = "error"  # the model's logits were no numbers, or nothing may be drawn
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ class Request:
     first_token_time: float | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    matcher: Any = None  # of the constraint, at the beginning of a text
     outputs: list[Completion] = field(default_factory=list)
 
     @property
