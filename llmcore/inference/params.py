@@ -72,7 +72,8 @@ class SamplingParams:
             ("n", whole(self.n, 1, MAX_CHOICES), f"1 to {MAX_CHOICES}"),
             ("stop", len(stop) <= MAX_STOP and all(isinstance(s, str) and s for s in stop),
              f"up to {MAX_STOP} strings, none of them empty"),
-            ("logprobs", self.logprobs is None or whole(self.logprobs, 0, MAX_LOGPROBS), f"0 to {MAX_LOGPROBS}, or None"),
+            ("logprobs", self.logprobs is None or whole(self.logprobs, 0, MAX_LOGPROBS),
+             f"0 to {MAX_LOGPROBS}, or None"),
             ("prompt_logprobs", self.prompt_logprobs is None or whole(self.prompt_logprobs, 0, MAX_LOGPROBS),
              f"0 to {MAX_LOGPROBS}, or None"),
             ("logit_bias", all(whole(k, 0, 2**31) and isinstance(v, (int, float)) and v < float("inf")

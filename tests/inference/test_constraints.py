@@ -200,7 +200,7 @@ def test_it_survives_preemption(tokenizer):
     constraint = JSONSchema(PERSON)
     params = [SamplingParams(max_tokens=160, seed=i, constraint=constraint) for i in range(4)]
     expected = make_engine(tokenizer).generate(["Say: "] * 4, params)
-    small = make_engine(tokenizer, cache_tokens=224, block_size=4)
+    small = make_engine(tokenizer, cache_tokens=224, block_size=4, max_sequences=4)
     assert [o.choices for o in small.generate(["Say: "] * 4, params)] == [o.choices for o in expected]
     assert small.scheduler.num_preemptions > 0
 
