@@ -173,21 +173,32 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """Log-probabilities in the form of completions; None stands for a prompt's first token. `offset`: characters
     before the first of these tokens."""
-    texts = [(token_bytes(tokenizer, token) or b"").decode(errors="replace") for token in tokens]
+    names = [_token_name(tokenizer, token) for token in tokens]
     offsets = []
-    for text in texts:
+    for name, token in zip(names, tokens):
         offsets.append(offset)
-        offset += len(text)
+        offset += len(name) if _is_text(tokenizer, token) else 0
     return {
-        "tokens": texts,
+        "tokens": names,
         "token_logprobs": [None if one is None else _finite(one.logprob) for one in logprobs],
         "top_logprobs": [
-            None if one is None else
-            {(token_bytes(tokenizer, t) or b"").decode(errors="replace"): _finite(v) for t, v in one.top.items()}
+            None if one is None else {_token_name(tokenizer, t): _finite(v) for t, v in one.top.items()}
             for one in logprobs
         ],
         "text_offset": offsets,
-    }  # fmt: skip
+    }
+
+
+def _is_text(tokenizer: Tokenizer, token: int) -> bool:
+    return _REPLACEMENT not in (token_bytes(tokenizer, token) or b"\xff").decode(errors="replace")
+
+
+def _token_name(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token; for a part of a character its bytes, as OpenAI writes them."""
+    data = token_bytes(tokenizer, token)
+    if data is None:
+        return f"token:{token}"
+    return data.decode() if _is_text(tokenizer, token) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _finite(logprob: float) -> float:

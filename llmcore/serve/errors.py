@@ -45,9 +45,11 @@ def timed_out(seconds: float) -> ApiError:
 
 def invalid(error: ValidationError) -> ApiError:
     """400 with the first thing that pydantic found wrong, and the value."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    # of a union's branches the one that got furthest is what was meant
+    first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
     place = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be ", "accepted: ")
     if first["type"] == "json_invalid":
         return ApiError(f"the body is no JSON in UTF-8: {message}", code="invalid_json")
     if first["type"] == "extra_forbidden":

@@ -55,7 +55,7 @@ def _compile(served: Served, kind: str, value: Any) -> Any:
     }[kind]
     constraint = make(value)
     lm = served.language_model
-    constraint.matcher(lm.tokenizer, lm.model.config.vocab_size)
+    constraint.matcher(lm.tokenizer, lm.model.config.vocab_size, served.engine.engine.stop_ids)  # which keeps it
     return constraint
 
 
