@@ -42,7 +42,7 @@ def tiny(folder):
 
 @pytest.fixture(scope="module")
 def echo():
-    """A server whose model says what is between <<< and >>>."""
+    """A server whose model says what is between « and »."""
     server = Server(ECHO)
     yield server
     server.close()

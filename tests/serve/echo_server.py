@@ -1,4 +1,4 @@
-"""A server whose model says what it is told: the text between <<< and >>> in the prompt. The engine, its cache and the
+"""A server whose model says what it is told: the text between « and » in the prompt. The engine, its cache and the
 model run as ever; only what is drawn is replaced. Text without marks goes on with what the model draws.
 
 Run as a program: `python echo_server.py [--special TOKEN ...] [--OPTION VALUE ...]` with the fields of Limits and
@@ -29,7 +29,7 @@ def echoing(engine: Engine, delay: float, broken: int | None) -> Engine:
         if sequence.request.id not in scripts:
             scripts.clear() if len(scripts) > 1000 else None
             text = tokenizer.decode(sequence.tokens[: sequence.request.prompt_len])
-            said = text.rpartition("<<<")[2].rpartition(">>>")[0] if "<<<" in text else None
+            said = text.rpartition("«")[2].rpartition("»")[0] if "«" in text else None
             scripts[sequence.request.id] = None if said is None else [*tokenizer.encode(said, allow_special=True), end]
         return scripts[sequence.request.id]
 

@@ -33,7 +33,7 @@ def lm(folder):
 
 
 def say(text: str) -> list[dict]:
-    return [{"role": "user", "content": f"<<<{text}>>>"}]
+    return [{"role": "user", "content": f"«{text}»"}]
 
 
 # ---- chats
@@ -167,11 +167,11 @@ def test_messages_of_all_kinds(echo):
         {"role": "assistant", "content": None, "tool_calls": [
             {"id": "c", "type": "function", "function": {"name": "time", "arguments": '{"city": "Rome"}'}}]},
         {"role": "tool", "tool_call_id": "c", "content": "noon"},
-        {"role": "user", "content": "<<<good>>>"},
+        {"role": "user", "content": "«good»"},
     ]  # fmt: skip
     got = echo.client().chat.completions.create(model="echo", messages=messages, tools=TOOLS)
     assert got.choices[0].message.content == "good"
-    again = [*messages, got.choices[0].message, {"role": "user", "content": "<<<better>>>"}]  # as agents do
+    again = [*messages, got.choices[0].message, {"role": "user", "content": "«better»"}]  # as agents do
     assert echo.client().chat.completions.create(model="echo", messages=again).choices[0].message.content == "better"
 
 
@@ -328,7 +328,8 @@ def test_choice_and_regex(tiny):
 
 def test_a_tool_that_must_be_called(tiny):
     pytest.importorskip("llguidance")
-    limited = json.loads(json.dumps(TOOLS).replace('"string"', '"string", "maxLength": 6'))
+    text = json.dumps(TOOLS).replace('"string"', '"string", "maxLength": 6')
+    limited = json.loads(text.replace('"required"', '"additionalProperties": false, "required"'))
     for choice in ("required", {"type": "function", "function": {"name": "time"}}):
         got = tiny.client().chat.completions.create(
             model="tiny", messages=USER, tools=limited, tool_choice=choice, temperature=1.0, seed=1, max_tokens=150
