@@ -149,7 +149,10 @@ class AsyncEngine:
             await asyncio.wait_for(ended, timeout)
             return True
         except asyncio.TimeoutError:
-            await self.call(lambda _: self._end_all())
+            with contextlib.suppress(EngineClosed):
+                await self.call(lambda _: self._end_all())
+            return False
+        except EngineClosed:  # the thread has ended, and has told those who waited
             return False
 
     def _end_all(self) -> None:

@@ -16,7 +16,7 @@ from llmcore.serve.errors import ApiError
 from llmcore.serve.job import Job, Served
 from llmcore.serve.protocol import ChatRequest
 from llmcore.serve.reasoning import begins_in_thoughts, reasoning_parser
-from llmcore.serve.sampling import check_prompts, sampling_params
+from llmcore.serve.sampling import sampling_params
 from llmcore.serve.streaming import EventStream
 from llmcore.serve.structured import constraint_of, forced_tools
 from llmcore.serve.tool_parsers import MARKERS, tool_parser
@@ -35,7 +35,6 @@ _CALLS = {
 async def answer(job: Job, request: ChatRequest) -> Response:
     served = job.served
     served.adapter(request.model)
-    check_prompts(served, 1, request.choices)
     prompt, constraint = await asyncio.gather(asyncio.to_thread(_prompt, served, request), constraint_of(served, request))
     params = sampling_params(
         served, request, max_tokens=request.most_tokens, prompt_tokens=len(prompt), constraint=constraint,

@@ -61,11 +61,8 @@ def invalid(error: ValidationError) -> ApiError:
 
 
 def _is_branch(part: str | int) -> bool:
-    """Whether it is pydantic's name for a member of a union, and no field."""
-    return isinstance(part, str) and (part in _TYPES or not part.isidentifier())
-
-
-_TYPES = {"str", "int", "float", "bool", "constrained-str", "constrained-int"}
+    """Whether it is pydantic's name for a member of a union, such as list[str], and no field."""
+    return isinstance(part, str) and (part in ("str", "int") or "[" in part or "-" in part)
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -105,7 +105,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 async def _collect(request: Request, limits: Limits) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in _chunks(request):
         body += chunk
         if len(body) > limits.max_body:
             body.clear()
@@ -114,12 +114,23 @@ async def _collect(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    """The rest of the body. (`Request.stream` can be begun only once.)"""
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
+
+
 async def _discard(request: Request) -> None:
     """Lets the rest of a body pass for a moment: a client that is still sending would not see the answer."""
 
     async def read() -> None:
         count = 0
-        async for chunk in request.stream():
+        async for chunk in _chunks(request):
             count += len(chunk)
             if count > _DISCARDED:
                 return

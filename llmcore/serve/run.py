@@ -14,6 +14,14 @@ _SPARE = 2.0  # seconds between the requests' last moment and that of the proces
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._started()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """From now on requests on open connections get 503, and so does /health."""
         self.config.app.state.served.gate.closed = True
@@ -35,11 +43,11 @@ def serve(app: FastAPI, host: str, port: int, say: Callable[[str], None]) -> int
         app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 << 10,
         timeout_graceful_shutdown=max(1, round(served.limits.drain_timeout + _SPARE)),
     )  # fmt: skip
-    # uvicorn raises the signal again when it is done, for whoever had it before
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    server = _Server(config, lambda: say(f"serving {served.name} at http://{shown}:{where[1]}"))
+    # before uvicorn has taken the signal over; and when it is done it raises it again, for whoever had it before
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     try:
-        say(f"serving {served.name} at http://{shown}:{where[1]}")
-        _Server(config).run(sockets=sockets)
+        server.run(sockets=sockets)
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
