@@ -141,7 +141,7 @@ class Engine:
 
     def _max_tokens(self, tokens: list[int], params: SamplingParams) -> int:
         """The most new tokens; a ValueError for what this engine cannot do."""
-        config, capacity = self.model.config, self.cache.num_blocks * self.cache.block_size
+        config, capacity = self.model.config, self.cache_tokens
         limit = capacity if config.position == "none" else min(config.max_positions, capacity)
         most = limit - len(tokens)
         wanted = 1 if params.max_tokens is None else params.max_tokens
@@ -204,6 +204,11 @@ class Engine:
         deltas = [self._end(s, Finish.ABORT) for s in request.sequences if s.finish is None]
         self._inboxes.get(request_id, []).extend(deltas)
         return deltas
+
+    @property
+    def cache_tokens(self) -> int:
+        """Room of the cache."""
+        return self.cache.num_blocks * self.cache.block_size
 
     @property
     def has_work(self) -> bool:
@@ -353,10 +358,10 @@ class Engine:
 
     def stream(
         self, prompts: Sized[str | Sized[int]], params: SamplingParams | Sized[SamplingParams] | None = None
-    ) -> Iterator[Delta]:
-        """Continues every prompt; gives what each step adds. They are queued when the first is asked for. Requests
-        added otherwise go on meanwhile; theirs is told by the next `step`. Closing the iterator aborts what has not
-        finished.
+    ) -> Iterator[tuple[int, Delta]]:
+        """Continues every prompt; gives (index of a prompt, what a step added to it). They are queued when the first is
+        asked for. Requests added otherwise go on meanwhile; theirs is told by the next `step`. Closing the iterator
+        aborts what has not finished.
 
         Args:
             prompts: texts or token ids.
@@ -377,9 +382,9 @@ class Engine:
             )
         return [self._request(prompt, wanted or SamplingParams()) for prompt, wanted in zip(prompts, each)]
 
-    def _deltas(self, requests: list[Request]) -> Iterator[Delta]:
+    def _deltas(self, requests: list[Request]) -> Iterator[tuple[int, Delta]]:
         inbox: deque[Delta] = deque()
-        left = 0
+        indices, left = {request.id: index for index, request in enumerate(requests)}, 0
         try:
             for request in requests:
                 self._inboxes[request.id] = inbox
@@ -391,7 +396,7 @@ class Engine:
                 while inbox:
                     delta = inbox.popleft()
                     left -= delta.finish is not None
-                    yield delta
+                    yield indices[delta.request_id], delta
         finally:  # Ctrl-C, or nobody wants the rest: nothing of this call goes on
             for request in requests:
                 self.abort(request.id)
@@ -411,7 +416,7 @@ class Engine:
         """
         requests = self._requests(prompts, params)
         with contextlib.closing(self._deltas(requests)) as deltas:
-            for delta in deltas:
+            for _, delta in deltas:
                 if on_delta is not None:
                     on_delta(delta)
         return [request.result() for request in requests]

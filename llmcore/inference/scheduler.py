@@ -23,6 +23,7 @@ class Work(NamedTuple):
     def tokens(self) -> int:
         return self.count + len(self.sequence.drafts)
 
+
 class Scheduler:
     """First come, first served: sequences are ordered by when their request came, choices of one by their index.
 
