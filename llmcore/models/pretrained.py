@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ from torch import Tensor
 
 from llmcore.checkpoints import CheckpointError, TensorFiles, read_json, write_tensor_files
 from llmcore.layers import RotaryEmbedding
+from llmcore.models.build import Model, build_model
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES, Family, family_of
-from llmcore.models.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_config(folder: str | Path) -> tuple[Family, ModelConfig]:
-    """The family and configuration of a folder's config.json.
+def read_config(folder: str | Path, names: Collection[str] | None = None) -> tuple[Family, ModelConfig]:
+    """The family and configuration of a folder's config.json; with the `names` of its tensors, what they tell of parts
+    that config.json leaves open.
 
     Raises:
         CheckpointError: for an unknown model_type, a setting that the family does not have here, or a config.json that
@@ -32,14 +33,15 @@ def read_config(folder: str | Path) -> tuple[Family, ModelConfig]:
     if family is None:
         raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}; accepted: {', '.join(FAMILIES)}")
     try:
-        return family, family.config(values)
+        config = family.config(values)
+        return family, config if names is None else family.fit(config, _names(family, names))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def load_pretrained(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Transformer:
+) -> Model:
     """The model of a Hugging Face folder, in evaluation mode.
 
     Args:
@@ -52,11 +54,12 @@ def load_pretrained(
             tensor that is missing, unreadable, of another shape than config.json says, or without a place in the model.
     """
     folder = Path(folder)
-    family, config = read_config(folder)
+    family, _ = read_config(folder)  # its errors first
     files = TensorFiles(folder)
+    _, config = read_config(folder, list(files))
     try:
         with torch.device("meta"):  # no memory for sizes that the files don't have
-            model = Transformer(config)
+            model = build_model(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     with torch.no_grad():
@@ -104,16 +107,22 @@ def _ours(
             raise CheckpointError(f"{files.source(name_of[name])}: tensor {name!r} has no place in this model")
 
 
-def _names(family: Family, files: TensorFiles) -> dict[str, str]:
+def _names(family: Family, files: Collection[str] | TensorFiles) -> dict[str, str]:
     """Names as the family's rules write them -> names in the files, which may lack the prefix of the body (a model
     saved without its head)."""
-    body = "transformer." if family.model_type == "gpt2" else "model."
+    body = family.body or ""
     if any(name.startswith(body) for name in files):
-        return {name: name for name in files}
-    return {name if name.startswith("lm_head.") else body + name: name for name in files}
+        body = ""
+    result = {}
+    for name in files:
+        written = name if name.startswith(family.heads) else body + name
+        for old, new in family.renamed.items():
+            written = written.removesuffix(old) + new if written.endswith(old) else written
+        result[written] = name
+    return result
 
 
-def save_pretrained(model: Transformer, folder: str | Path, *, max_shard_bytes: int = 4 << 30) -> None:
+def save_pretrained(model: Model, folder: str | Path, *, max_shard_bytes: int = 4 << 30) -> None:
     """Writes the model as `transformers` loads it; `load_pretrained` gives every weight back bit for bit.
 
     Raises:
@@ -130,5 +139,8 @@ def save_pretrained(model: Transformer, folder: str | Path, *, max_shard_bytes: 
 
 
 def _theirs(family: Family, config: ModelConfig, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    # a body alone is saved under the names that its class has without a head
+    bare = family.body if config.head == "none" and family.body else ""
     for rule in family.rules(config):
-        yield from zip(rule.theirs, rule.split(state[rule.ours].detach()), strict=True)
+        names = [name.removeprefix(bare) for name in rule.theirs]
+        yield from zip(names, rule.split(state[rule.ours].detach()), strict=True)

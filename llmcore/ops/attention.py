@@ -38,9 +38,12 @@ def _options(
 CUDA_HEAD_DIM = 576  # the largest that the CUDA kernels take (kMaxHeadDim of csrc/cuda/attention.cu)
 
 
-def _use_kernel(op: str, q: Tensor) -> bool:
-    """`use_kernel`, which looks at device and dtype alone, and on CUDA devices the head size."""
+def _use_kernel(op: str, q: Tensor, position_bias: Tensor | None) -> bool:
+    """`use_kernel`, which looks at device and dtype alone, then the bias, and on CUDA devices the head size."""
     served = use_kernel(op, q)
+    if served and position_bias is not None:
+        fall_back(f"the kernels of {op} take no position_bias")
+        return False
     if served and q.is_cuda and q.shape[-1] > CUDA_HEAD_DIM:
         fall_back(f"the cuda kernel of {op} takes head sizes up to {CUDA_HEAD_DIM}, not {q.shape[-1]}")
         return False
@@ -58,6 +61,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     block_mask: BlockMask | None = None,
+    position_bias: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -80,6 +84,9 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118); 1e-30 to 1e30.
         sinks: (heads,): a further score of each head that takes part in the softmax and has no value (gpt-oss).
         block_mask: which key blocks a query block sees, on top of the other masks.
+        position_bias: (heads, 2 * reach + 1) floats added to the scores (after softcap and scale) by distance: a key
+            d places after the query, in the numbering of the masks, takes column d + reach, one farther than reach away
+            the first or last column (T5, arXiv 1910.10683). No kernel takes it: it sends a call to the reference.
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in the packed q; ends with total_q.
         cu_seqlens_k: the same for k and v; `cu_seqlens_q` by default.
         return_lse: also return the log of each row's sum of exponentials (differentiable).
@@ -99,10 +106,11 @@ def attention(
         ValueError: window < 1 or softcap <= 0.
     """
     options = _options("attention", q, window, scale, softcap)
-    if not _use_kernel("attention", q):
+    if not _use_kernel("attention", q, position_bias):
         return reference.attention(
             q, k, v, causal=causal, window=window, scale=options[1], softcap=softcap, sinks=sinks,
-            block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+            block_mask=block_mask, position_bias=position_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            return_lse=return_lse,
         )  # fmt: skip
     out, lse = torch.ops.llmcore.attention(
         q, k, v, None if sinks is None else sinks.float(), None if block_mask is None else block_mask.mask,
@@ -159,6 +167,7 @@ def paged_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -176,7 +185,7 @@ def paged_attention(
         block_table: int32 (batch, max_blocks). Entries beyond a sequence's length are not read.
         kv_lens: int32 (batch,): keys of each sequence, the new ones included.
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in q.
-        causal, window, scale, softcap, sinks: as in `attention`.
+        causal, window, scale, softcap, sinks, position_bias: as in `attention`.
         k_scale, v_scale: float32 (num_blocks, block_size, kv_heads): an element stands for element * scale. Given when,
             and only when, the caches have 8 bits.
 
@@ -188,10 +197,11 @@ def paged_attention(
         ValueError: window < 1 or softcap <= 0.
     """
     options = _options("paged_attention", q, window, scale, softcap)
-    if not _use_kernel("paged_attention", q):
+    if not _use_kernel("paged_attention", q, position_bias):
         return reference.paged_attention(
             q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window,
-            scale=options[1], softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+            scale=options[1], softcap=softcap, sinks=sinks, position_bias=position_bias, k_scale=k_scale,
+            v_scale=v_scale,
         )  # fmt: skip
     return torch.ops.llmcore.paged_attention(
         q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, None if sinks is None else sinks.float(), k_scale,
@@ -308,6 +318,7 @@ register(
         features=(
             "MHA, GQA, MQA; any head size, V's may differ", "causal (bottom-right), sliding window",
             "sinks, soft cap, block-sparse", "packed (cu_seqlens)", "lse", "backward, deterministic",
+            "position bias (reference alone)",
         ),
         benchmarks=_benchmarks,
         peer=_peer,
@@ -406,9 +417,12 @@ register(
         torch_ops=("paged_attention",),
         samples=_paged_samples,
         dtypes={"cpu": FLOATS, "cuda": HALVES},
-        features=("decode and chunked prefill", "any page size; split over the keys", "float, int8 and fp8 caches"),
+        features=(
+            "decode and chunked prefill", "any page size; split over the keys", "float, int8 and fp8 caches",
+            "position bias (reference alone)",
+        ),
         benchmarks=_paged_benchmarks,
         peer=_paged_peer,
         bytes=_paged_bytes,
     )
-)
+)  # fmt: skip

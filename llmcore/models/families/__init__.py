@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from llmcore.models.config import ModelConfig
 from llmcore.models.families.base import Family, HFConfig, Rule
+from llmcore.models.families.bert import BERT
 from llmcore.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from llmcore.models.families.gemma import GEMMA2, GEMMA3
 from llmcore.models.families.gpt2 import GPT2
@@ -17,7 +18,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         LLAMA, GPT2, MISTRAL, QWEN2, QWEN3, SMOLLM3, GLM, OLMO2, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, GLM4_MOE, GPT_OSS,
-        DEEPSEEK_V2, DEEPSEEK_V3,
+        DEEPSEEK_V2, DEEPSEEK_V3, BERT,
     )
 }  # fmt: skip
 

@@ -3,8 +3,9 @@ the Hugging Face form, both ways."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -143,6 +144,11 @@ class Family:
         to_hf: our configuration -> config.json, without model_type and architectures.
         rules: our configuration -> the rules, one for each of our tensors.
         ignored: name endings of their tensors that hold nothing we lack.
+        body: the prefix that a model saved without its head lacks; None: there is none.
+        heads: beginnings of names outside the body.
+        renamed: other endings of names in older files -> those that the rules use.
+        in_files: settings that config.json leaves open and the files tell.
+        fit: the configuration and the names in the files -> the configuration with those settings.
     """
 
     model_type: str
@@ -151,6 +157,11 @@ class Family:
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Callable[[ModelConfig], Iterable[Rule]]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    body: str | None = "model."
+    heads: tuple[str, ...] = ("lm_head.",)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    in_files: tuple[str, ...] = ()
+    fit: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
 
     def config(self, values: Mapping[str, Any]) -> ModelConfig:
         try:
@@ -167,7 +178,8 @@ class Family:
         """Whether a config.json of this family says all that `config` says, but for what matters to training alone."""
         try:
             back = self.config(self.config_json(config))
-        except ValueError:
+            back = dataclasses.replace(back, **{name: getattr(config, name) for name in self.in_files})
+        except (AttributeError, KeyError, TypeError, ValueError):
             return False
         return _inference(back) == _inference(config)
 
