@@ -20,7 +20,10 @@ _MOE_OPS = ("moe_route", "grouped_glu", "grouped_gemm", "moe_combine")
 
 
 def can_capture(model: Transformer) -> bool:
-    """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size."""
+    """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size, with no
+    encoder and no position bias."""
+    if model.config.encoder_layers or model.config.position == "relative":
+        return False
     weight = model.lm_head_weight
     ops = _STEP_OPS + (_MOE_OPS if model.config.moe is not None else ())
     return weight.is_cuda and model.config.head_dim <= CUDA_HEAD_DIM and all(has_kernel(op, weight) for op in ops)

@@ -24,6 +24,7 @@ class CacheStep:
         kv_lens: (batch,) int32, the keys of each sequence, this pass's tokens among them.
         positions: (total,) int64, the position of each token in its sequence.
         cu_seqlens_q: (batch + 1,) int32, where each sequence's tokens begin; None when every sequence has one.
+        sequences: the caller's number of each sequence, where it is told.
     """
 
     k_caches: list[Tensor]
@@ -33,6 +34,7 @@ class CacheStep:
     kv_lens: Tensor
     positions: Tensor
     cu_seqlens_q: Tensor | None = None
+    sequences: tuple[int, ...] | None = None
 
 
 class Attention(nn.Module):

@@ -101,7 +101,7 @@ def test_mlp(activation, bias):
 
 
 def test_mlp_refuses():
-    with pytest.raises(ValueError, match="'tanh'; accepted: 'swiglu', .*'gelu_erf', 'relu'"):
+    with pytest.raises(ValueError, match=r"'tanh'; accepted: 'swiglu', .*'gelu_erf', 'relu'"):
         make_mlp("tanh", 4, 8)
 
 

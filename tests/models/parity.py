@@ -41,6 +41,10 @@ BERT = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
     "max_position_embeddings": 64, "type_vocab_size": 3,
 }  # fmt: skip
+T5 = {
+    "vocab_size": 99, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
+}  # fmt: skip
 
 # name -> (class of transformers, what differs from SIZES)
 DECODERS = {
@@ -92,6 +96,13 @@ OTHERS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "bert": ("BertModel", "BertConfig", BERT),
     "bert, masked tokens": ("BertForMaskedLM", "BertConfig", BERT | {"hidden_act": "gelu_new"}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5, gated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "t5, encoder": ("T5EncoderModel", "T5Config", T5),
 }
 
 
