@@ -6,7 +6,7 @@ from llmcore.models.config import MLAConfig, ModelConfig, MoEConfig
 from llmcore.models.encoder import Encoder, EncoderOutput, mean_pool
 from llmcore.models.encoder_decoder import EncoderDecoder, EncoderDecoderOutput
 from llmcore.models.padding import Packing
-from llmcore.models.presets import PRESETS, gpt2, llama, llama_dyt, llama_moe
+from llmcore.models.presets import PRESETS, attention_is_all_you_need, gpt2, llama, llama_dyt, llama_moe
 from llmcore.models.pretrained import load_pretrained, read_config, save_pretrained
 from llmcore.models.transformer import Transformer, TransformerOutput
 
@@ -23,6 +23,7 @@ __all__ = [
     "Packing",
     "Transformer",
     "TransformerOutput",
+    "attention_is_all_you_need",
     "build_model",
     "gpt2",
     "llama",
