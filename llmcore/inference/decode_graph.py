@@ -20,8 +20,8 @@ _MOE_OPS = ("moe_route", "grouped_glu", "grouped_gemm", "moe_combine")
 
 
 def can_capture(model: Transformer) -> bool:
-    """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size, with no
-    encoder and no position bias."""
+    """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size. What
+    has an encoder or a position bias can't."""
     if model.config.encoder_layers or model.config.position == "relative":
         return False
     weight = model.lm_head_weight

@@ -43,8 +43,8 @@ class TextEmbedder:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """(len(texts), dim) float32, on the model's device. `batch_size` texts at a time run packed, without padding, in
-        the order of their lengths, so that a batch's memory is that of texts alike."""
+        """(len(texts), dim) float32, on the model's device. `batch_size` texts at a time run packed, without padding,
+        in the order of their lengths."""
         if isinstance(texts, str):
             raise TypeError("texts is a str; accepted: a sequence of str")
         ids = self.tokenizer.encode_wrapped(texts, self.max_tokens)

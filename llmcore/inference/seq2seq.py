@@ -15,8 +15,8 @@ from llmcore.models import EncoderDecoder, TransformerOutput
 
 
 class ConditionedDecoder(nn.Module):
-    """The decoder of `model` over sources encoded beforehand, with the interface of `Transformer` over a cache. Sequence
-    i of the cache attends to source i.
+    """The decoder of `model` over sources encoded beforehand, with the interface of `Transformer` over a cache.
+    Sequence i of the cache attends to source i.
 
     Args:
         sources: token ids of each source, at least one.

@@ -8,7 +8,7 @@ from llmcore.models.encoder_decoder import EncoderDecoder, EncoderDecoderOutput
 from llmcore.models.padding import Packing
 from llmcore.models.presets import PRESETS, attention_is_all_you_need, gpt2, llama, llama_dyt, llama_moe
 from llmcore.models.pretrained import load_pretrained, read_config, save_pretrained
-from llmcore.models.transformer import Transformer, TransformerOutput
+from llmcore.models.transformer import MTPModule, Transformer, TransformerOutput
 
 __all__ = [
     "PRESETS",
@@ -17,6 +17,7 @@ __all__ = [
     "EncoderDecoderOutput",
     "EncoderOutput",
     "MLAConfig",
+    "MTPModule",
     "MoEConfig",
     "Model",
     "ModelConfig",

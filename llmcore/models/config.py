@@ -171,6 +171,7 @@ class ModelConfig:
         pooler: tanh of a linear layer on each sequence's first hidden state (BERT, arXiv 1810.04805).
         head: what makes logits of hidden states: the output matrix, "linear"; before it a linear layer, the activation
             and a norm, and behind it a bias, "mlm" (BERT); or "none".
+        mtp_layers: modules behind a decoder that predict one token further each (`MTPModule`, arXiv 2412.19437).
         logit_scale: of an encoder-decoder: factor on the hidden states before the output matrix (T5).
         tied_embeddings: the output matrix is the embedding matrix.
         embedding_scale: factor on the token embeddings: "sqrt_dim" (Gemma, arXiv 2403.08295), or "learned", one scalar
@@ -218,6 +219,7 @@ class ModelConfig:
     embedding_norm: bool = False
     pooler: bool = False
     head: Literal["linear", "mlm", "none"] = "linear"
+    mtp_layers: int = 0
     logit_scale: float = 1.0
     tied_embeddings: bool = True
     embedding_scale: Literal["none", "sqrt_dim", "learned"] = "none"
@@ -291,7 +293,7 @@ class ModelConfig:
 
     def _check_kind(self) -> None:
         """What goes with a decoder, an encoder and both."""
-        for name in ("encoder_layers", "token_types"):
+        for name in ("encoder_layers", "token_types", "mtp_layers"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.causal or not self.encoder_layers, "causal", self.causal, "True with encoder_layers")
         if self.causal:
@@ -302,6 +304,11 @@ class ModelConfig:
             _require(self.mla is None, "causal", False, "True with mla")
         _require(self.encoder_layers or self.logit_scale == 1, "logit_scale", self.logit_scale,
                  "1.0 without encoder_layers")  # fmt: skip
+        if self.mtp_layers:
+            plain = {"causal": True, "encoder_layers": 0, "norm_placement": "pre", "position": "rope"}
+            plain["embedding_scale"] = "none"
+            for name, value in plain.items():
+                _require(getattr(self, name) == value, name, getattr(self, name), f"{value!r} with mtp_layers")
         if self.encoder_layers:
             _require(self.moe is None and self.mla is None, "encoder_layers", self.encoder_layers,
                      "0 with experts or latent attention")  # fmt: skip

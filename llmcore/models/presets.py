@@ -113,9 +113,9 @@ def llama_dyt(size: str = "mini", **overrides: Any) -> ModelConfig:
 
 def attention_is_all_you_need(size: str = "base", **overrides: Any) -> ModelConfig:
     """The encoder-decoder of "Attention Is All You Need" (arXiv 1706.03762): norms behind the residual additions,
-    sinusoidal positions, ReLU, one matrix for both token tables and the output, whose rows are scaled by sqrt(dim) where
-    they are looked up, and start accordingly small. The projections of the attention have no biases, as the paper
-    writes them. For `EncoderDecoder`."""
+    sinusoidal positions, ReLU, one matrix for both token tables and the output, its rows scaled by sqrt(dim) where they
+    are looked up and small accordingly at the start. The attention's projections have no biases, as the paper writes
+    them. For `EncoderDecoder`."""
     base = {
         "vocab_size": 37000, "position": "sinusoidal", "activation": "relu", "norm": "layer", "norm_placement": "post",
         "mlp_bias": True, "embedding_scale": "sqrt_dim",

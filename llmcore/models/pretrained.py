@@ -81,6 +81,9 @@ def _ours(
     name_of = _names(family, files)
     used = set()
     for rule in family.rules(config):
+        if rule.copy:
+            used.update(rule.theirs)
+            continue
         if missing := [name for name in rule.theirs if name not in name_of]:
             raise CheckpointError(f"{files.folder}: tensor {missing[0]!r} is missing")
         parts = [files[name_of[name]] for name in rule.theirs]
@@ -143,4 +146,6 @@ def _theirs(family: Family, config: ModelConfig, state: Mapping[str, Any]) -> It
     bare = family.body if config.head == "none" and family.body else ""
     for rule in family.rules(config):
         names = [name.removeprefix(bare) for name in rule.theirs]
-        yield from zip(names, rule.split(state[rule.ours].detach()), strict=True)
+        tensor = state[rule.ours].detach()
+        # a copy has memory of its own: safetensors refuses tensors that share it
+        yield from zip(names, rule.split(tensor.clone() if rule.copy else tensor), strict=True)

@@ -15,6 +15,7 @@ from llmcore.layers import (
     CacheStep,
     CrossAttention,
     LatentAttention,
+    Linear,
     Memory,
     MoE,
     MoEOutput,
@@ -279,6 +280,29 @@ class Stack(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
 
+class MTPModule(nn.Module):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): from a token's hidden state and the embedding
+    of a later token, a state that predicts the token after that one. Module 0 takes the main model's hidden states,
+    each further one those of the module before it. Embeddings and output matrix are the main model's.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__()
+        self.embed_norm, self.hidden_norm = make_model_norm(config), make_model_norm(config)
+        self.proj = Linear(2 * config.dim, config.dim, bias=False)
+        self.block = Block(config, config.num_layers + depth)
+        self.norm = make_model_norm(config)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, **where) -> tuple[Tensor, Tensor, MoEOutput | None]:
+        """hidden, embedded: (..., dim); `where`: as of `Block`. Gives the state for the output matrix, the stream
+        before its norm, which is the next module's `hidden`, and what the experts did."""
+        # the embedding's half comes first, as in the published weights; the paper's equation 21 has it second
+        x = self.proj(torch.cat((self.embed_norm(embedded), self.hidden_norm(hidden)), dim=-1))
+        branch, residual, routed = self.block(x, None, **where)
+        state, stream = self.norm(branch, residual)
+        return state, stream, routed
+
+
 class Transformer(Stack):
     """A decoder-only transformer over token ids: `model(tokens)` gives hidden states, `model.logits(hidden)` logits.
     Initial weights: `init_weights`."""
@@ -288,6 +312,9 @@ class Transformer(Stack):
             raise ValueError("the configuration is not that of a decoder alone; accepted by llmcore.models.build_model")
         super().__init__(config, nn.Embedding(config.vocab_size, config.dim))
         self.lm_head = None if config.tied_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.mtp = None
+        if config.mtp_layers:
+            self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.mtp_layers))
         init_weights(self, config)
 
     @property
@@ -361,15 +388,49 @@ class Transformer(Stack):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def look_ahead(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> list[TransformerOutput]:
+        """What the multi-token-prediction modules make of `forward`'s hidden states: in the k-th output, k from 1, the
+        hidden state at token i is for the logits of token i + k + 1 of its sequence. The last k of a sequence mean
+        nothing: the tokens that they would look at are not there.
+
+        Args:
+            hidden: (batch, seq, dim), or packed (total, dim); the other arguments are those that `forward` had.
+        """
+        positions = self.positions_of(tokens, positions, cu_seqlens, max_seqlen)
+        outputs, stream = [], hidden
+        for depth, module in enumerate(self.mtp or (), 1):
+            ahead = F.pad(tokens[..., depth:], (0, min(depth, tokens.shape[-1])))
+            where = {"rope": self.rope, "positions": positions, "cu_seqlens": cu_seqlens, "cache": None}
+            state, stream, routed = module(stream, self.embed_tokens(ahead), **where)
+            outputs.append(
+                TransformerOutput(
+                    state,
+                    None if routed is None else routed.aux_loss,
+                    None if routed is None else routed.expert_load[None],
+                )
+            )
+        return outputs
+
     def update_expert_bias(self, expert_load: Tensor) -> None:
         """Moves the experts' choice biases toward balance; does nothing unless moe.balancing is "bias".
 
         Args:
-            expert_load: (MoE layers, num_experts), `TransformerOutput.expert_load` added up over an optimizer step.
+            expert_load: (MoE layers, num_experts), `TransformerOutput.expert_load` added up over an optimizer step;
+                those of `look_ahead` may follow.
         """
         layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         if self.config.moe is None or self.config.moe.balancing != "bias":
             return
+        if len(expert_load) > len(layers):
+            layers += [module.block.mlp for module in self.mtp or ()]
         if expert_load.shape != (wanted := (len(layers), self.config.moe.num_experts)):
             raise ValueError(f"expert_load has shape {tuple(expert_load.shape)}; accepted: {wanted}")
         for layer, load in zip(layers, expert_load):
@@ -377,7 +438,7 @@ class Transformer(Stack):
 
     def num_parameters(self, active: bool = False) -> int:
         """How many parameters there are, a tied matrix counted once; with `active`, those one token's pass uses: of
-        routed experts only its own, of the lookup tables none."""
+        routed experts only its own, of the lookup tables and of multi-token prediction none."""
         count = sum(p.numel() for p in self.parameters())
         if not active:
             return count
@@ -386,6 +447,7 @@ class Transformer(Stack):
             if isinstance(block.mlp, MoE):
                 routed = block.mlp.gate_up.numel() + block.mlp.down.numel()
                 count -= routed // moe.num_experts * (moe.num_experts - moe.top_k)
+        count -= sum(p.numel() for p in self.mtp.parameters()) if self.mtp is not None else 0
         tables = [self.embed_positions, self.embed_tokens if self.lm_head is not None else None]
         return count - sum(table.weight.numel() for table in tables if table is not None)
 

@@ -145,8 +145,8 @@ class Tokenizer:
         return [prefix + encoding.ids + suffix for encoding in encodings]
 
     def encode_wrapped(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Token ids of each text with the special tokens that the file puts around one (such as BERT's [CLS] and [SEP]),
-        the text cut so that there are at most `max_tokens` in all."""
+        """Token ids of each text with the special tokens that the file puts around one (BERT's [CLS] and [SEP]), the
+        text cut so that there are at most `max_tokens` in all."""
         texts = list(texts)
         for text in texts:
             _check_text(text)

@@ -20,16 +20,19 @@ _TRAINING_ONLY = {"dropout": 0.0, "init_std": 0.02}
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our tensors, made of one or more of theirs: `join` makes it, `split` undoes that bit for bit."""
+    """One of our tensors, made of one or more of theirs: `join` makes it, `split` undoes that bit for bit. A `copy` is
+    a further name that they give to it, written but not needed."""
 
     ours: str
     theirs: tuple[str, ...]
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
+    copy: bool = False
 
     def under(self, ours: str, theirs: str) -> Rule:
         """The rule with prefixes before the names."""
-        return Rule(ours + self.ours, tuple(theirs + name for name in self.theirs), self.join, self.split)
+        names = tuple(theirs + name for name in self.theirs)
+        return dataclasses.replace(self, ours=ours + self.ours, theirs=names)
 
 
 def same(ours: str, theirs: str | None = None) -> Rule:
@@ -263,6 +266,28 @@ def decoder_rules(
     for i in range(config.num_layers):
         for rule in layer(config, i):
             yield rule.under(f"blocks.{i}.", f"{body}layers.{i}.")
+    for k in range(config.mtp_layers):
+        yield from mtp_rules(config, k, layer)
+
+
+def mtp_rules(config: ModelConfig, depth: int, layer: Callable[[ModelConfig, int], Iterable[Rule]]) -> Iterator[Rule]:
+    """A multi-token-prediction module, which they count among the layers, with copies of what it shares."""
+    i = config.num_layers + depth
+    ours, theirs = f"mtp.{depth}.", f"model.layers.{i}."
+    names = {"embed_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm"}
+    for name, other in names.items():
+        yield same(f"{ours}{name}.weight", f"{theirs}{other}.weight")
+    for rule in layer(config, i):
+        yield rule.under(f"{ours}block.", theirs)
+    head = "embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+    for name, other in (("embed_tokens.weight", "embed_tokens"), (head, "shared_head.head")):
+        yield dataclasses.replace(same(name, f"{theirs}{other}.weight"), copy=True)
+
+
+def fit_mtp(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """config.json may count multi-token-prediction modules that the files leave out."""
+    there = f"model.layers.{config.num_layers}.enorm.weight" in names
+    return config if there else dataclasses.replace(config, mtp_layers=0)
 
 
 def attention_rules(config: ModelConfig) -> Iterator[Rule]:
