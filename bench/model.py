@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the insta
 from llmcore.inference import generate
 from llmcore.inference.device import find_device
 from llmcore.models import Transformer, llama
+from llmcore.models.families import FAMILIES
 from llmcore.training import OptimConfig, Optimizer, compute_dtype, next_token_loss
 
 PROMPT, NEW, BATCHES = 128, 128, (1, 32)
@@ -35,10 +36,8 @@ AGREE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of losses and l
 
 
 def their_model(ours: Transformer):
-    """transformers' Llama with our weights; our names and theirs are those of the parity test."""
+    """transformers' Llama with our weights."""
     import transformers
-
-    from tests.models.test_parity import llama_weights
 
     c = ours.config
     config = transformers.LlamaConfig(
@@ -48,8 +47,10 @@ def their_model(ours: Transformer):
         attn_implementation="sdpa",
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).to(ours.lm_head_weight)
-    new = llama_weights(theirs.state_dict())
-    ours.load_state_dict({name: new[name] for name in ours.state_dict()})  # a tied matrix has a second name there
+    state = ours.state_dict()
+    for rule in FAMILIES["llama"].rules(c):
+        for name, tensor in zip(rule.theirs, rule.split(state[rule.ours])):
+            theirs.get_parameter(name).data.copy_(tensor)
     return theirs
 
 

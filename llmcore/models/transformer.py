@@ -281,9 +281,9 @@ class Stack(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): from a token's hidden state and the embedding
-    of a later token, a state that predicts the token after that one. Module 0 takes the main model's hidden states,
-    each further one those of the module before it. Embeddings and output matrix are the main model's.
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): from a token's hidden state and the
+    embedding of a later token, a state that predicts the token after that one. Module 0 takes the main model's hidden
+    states, each further one those of the module before it. Embeddings and output matrix are the main model's.
     """
 
     def __init__(self, config: ModelConfig, depth: int) -> None:

@@ -26,8 +26,8 @@ def rms(x, weight, eps):
 
 
 def by_hand(model, tokens, depth):
-    """The logits of module `depth` (from 1) for one sequence: equations 21 to 23, token by token where it matters. Module
-    k sees T - k tokens, and nothing behind them."""
+    """The logits of module `depth` (from 1) for one sequence: equations 21 to 23. Module k sees T - k tokens, and
+    nothing behind them."""
     eps, hidden = model.config.norm_eps, model(tokens[None]).hidden[0]
     for k in range(1, depth + 1):
         module = model.mtp[k - 1]
