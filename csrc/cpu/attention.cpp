@@ -173,7 +173,7 @@ class Forward {
                                        scores + view.begin, kKeys, false);
         for (int64_t r = 0; r < rows; ++r) {
           float *line = scores + r * kKeys, *acc = x.acc.data() + (row0 + r) * acc_width_;
-          ready_scores(p_.mask, view.begin, end, line);
+          ready_scores(p_.mask, bias_row(p_.mask, t, group_, row0 + r, key0), view.begin, end, line);
           if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, line);
           softmax_row(exponent_factor(p_.mask), view.begin, end, line, x.highest.data()[row0 + r],
                       x.total.data()[row0 + r], acc, acc_width_);
