@@ -38,7 +38,7 @@ def _options(
 CUDA_HEAD_DIM = 576  # the largest that the CUDA kernels take (kMaxHeadDim of csrc/cuda/attention.cu)
 
 
-def _use_kernel(op: str, q: Tensor, position_bias: Tensor | None, softcap: float | None) -> bool:
+def _use_kernel(op: str, q: Tensor, position_bias: Tensor | None = None, softcap: float | None = None) -> bool:
     """`use_kernel`, which looks at device and dtype alone, then the bias, and on CUDA devices the head size."""
     served = use_kernel(op, q)
     if served and position_bias is not None and (q.is_cuda or softcap is not None):
