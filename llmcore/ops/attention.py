@@ -258,11 +258,6 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield dense("window of 1", 1, 20, 20, 1, 1, 8, causal=True, window=1)
     yield dense("softcap", 1, 66, 66, 2, 1, 48, causal=True, softcap=5.0)
     yield dense("sinks", 2, 50, 50, 4, 2, 32, causal=True, sinks=torch.randn(4, generator=make), window=16)
-    yield dense("position bias, GQA", 2, 140, 140, 4, 2, 24, position_bias=bias(4, 20), scale=1.0)
-    yield dense("position bias, causal, window", 1, 90, 130, 2, 2, 16, causal=True, window=50, position_bias=bias(2, 7))
-    yield dense("position bias, farther than the keys", 1, 70, 50, 2, 1, 16, causal=True, position_bias=bias(2, 300))
-    yield dense("position bias of one, few queries, scale below 0", 2, 3, 200, 2, 1, 16, position_bias=bias(2, 0),
-                scale=-0.5)  # fmt: skip
     yield dense("head size 111, v 59, scale", 1, 40, 77, 2, 1, 111, 59, scale=0.3)
     yield dense("MLA 192/128", 1, 60, 60, 2, 2, 192, 128, causal=True)
     yield dense("MLA 576/512", 1, 3, 70, 16, 1, 576, 512, causal=True)
@@ -287,13 +282,18 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("packed, causal, sinks", packed,
                  {**lengths, "causal": True, "sinks": torch.randn(4, generator=make), "return_lse": True},
                  (0, 1, 2, "sinks"))  # fmt: skip
-    yield Sample("packed, position bias, sinks", packed,
-                 {**lengths, "position_bias": bias(4, 9), "sinks": torch.randn(4, generator=make), "return_lse": True},
-                 (0, 1, 2, "position_bias", "sinks"), cpu_only=True)  # fmt: skip
     mask = BlockMask(torch.rand(5, 1, 5, 7, generator=make) < 0.5, 16, 16)
     yield Sample("packed, block-sparse", packed, {**lengths, "block_mask": mask, "return_lse": True}, (0, 1, 2))
     yield Sample("lse not asked for", (randn(1, 30, 2, 16), randn(1, 30, 2, 16), randn(1, 30, 2, 16)), {"causal": True},
                  (0, 1, 2))  # fmt: skip
+    yield dense("position bias, GQA", 2, 140, 140, 4, 2, 24, position_bias=bias(4, 20), scale=1.0)
+    yield dense("position bias, causal, window", 1, 90, 130, 2, 2, 16, causal=True, window=50, position_bias=bias(2, 7))
+    yield dense("position bias, farther than the keys", 1, 70, 50, 2, 1, 16, causal=True, position_bias=bias(2, 300))
+    yield dense("position bias of one, few queries, scale below 0", 2, 3, 200, 2, 1, 16, position_bias=bias(2, 0),
+                scale=-0.5)  # fmt: skip
+    yield Sample("packed, position bias, sinks", packed,
+                 {**lengths, "position_bias": bias(4, 9), "sinks": torch.randn(4, generator=make), "return_lse": True},
+                 (0, 1, 2, "position_bias", "sinks"), cpu_only=True)  # fmt: skip
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -392,10 +392,6 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield paged("decode, int8", [50, 120, 1], 8, 2, 64, 16, cache_dtype=torch.int8)
     yield paged("decode, fp8", [50, 120, 1], 8, 2, 64, 16, cache_dtype=torch.float8_e4m3fn)
     yield paged("decode, fp8, page of 7, head size 59", [40, 9], 3, 1, 59, 7, cache_dtype=torch.float8_e4m3fn)
-    yield paged("decode, position bias", [1, 90, 1500, 0], 4, 2, 32, 16,
-                position_bias=torch.randn(4, 41, generator=make))  # fmt: skip
-    yield paged("prefill, position bias, int8", [90, 64], 4, 2, 32, 16, queries=[70, 3], cache_dtype=torch.int8,
-                position_bias=torch.randn(4, 41, generator=make))  # fmt: skip
     yield paged("prefill in chunks", [64, 30, 100, 5], 8, 2, 32, 16, queries=[64, 10, 1, 0])
     yield paged("prefill, int8, MQA", [70, 40], 4, 1, 48, 16, queries=[70, 33], cache_dtype=torch.int8)
     yield paged("prefill, fp8, MQA", [70, 40], 4, 1, 48, 16, queries=[70, 33], cache_dtype=torch.float8_e4m3fn)
@@ -403,6 +399,10 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield paged("prefill, not causal, sinks", [90], 2, 1, 32, 8, queries=[70], causal=False,
                 sinks=torch.randn(2, generator=make))  # fmt: skip
     yield paged("no sequences", [], 2, 1, 8, 4)
+    yield paged("decode, position bias", [1, 90, 1500, 0], 4, 2, 32, 16,
+                position_bias=torch.randn(4, 41, generator=make))  # fmt: skip
+    yield paged("prefill, position bias, int8", [90, 64], 4, 2, 32, 16, queries=[70, 3], cache_dtype=torch.int8,
+                position_bias=torch.randn(4, 41, generator=make))  # fmt: skip
 
 
 def _paged_benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
