@@ -202,8 +202,10 @@ class Backward {
                        p);
           if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, p);
           vf sum = zero();
-          for (int64_t c = view.begin; c < view.end; c += kLanes)
-            sum = fma(exp2_nonpositive(load(p + c) - x.lse.data()[row0 + r]), load(dp + c), sum);
+          for (int64_t c = view.begin; c < view.end; c += kLanes) {
+            const vf e = fma(load(p + c), set1(exponent_factor(p_.mask)), set1(-x.lse.data()[row0 + r]));
+            sum = fma(exp2_nonpositive(e), load(dp + c), sum);
+          }
           x.delta.data()[row0 + r] += reduce_sum(sum);
         }
       }

@@ -166,11 +166,19 @@ inline BiasRow bias_row(const AttentionMask& m, const Task& t, int64_t group, in
 }
 
 // Scores become exponents of 2: score * exponent_factor. The product is formed where it is used, so that
-// fma(score, factor, -highest) rounds once. With a soft cap, a position bias or a scale that would turn -inf around,
-// ready_scores() replaces the scores by exponents beforehand and the factor is 1.
-LLMCORE_INLINE bool ready_first(const AttentionMask& m) { return m.softcap > 0 || m.scale <= 0 || m.position_bias; }
-LLMCORE_INLINE float exponent_factor(const AttentionMask& m) { return ready_first(m) ? 1.f : m.scale * kLog2e; }
+// fma(score, factor, -highest) rounds once. With a soft cap, or a scale that would turn -inf around, ready_scores()
+// replaces the scores by exponents beforehand and the factor is 1. With a position bias, beside which there is no soft
+// cap, it scales them and adds the bias in one rounding.
+LLMCORE_INLINE bool ready_first(const AttentionMask& m) { return m.softcap > 0 || m.scale <= 0; }
+LLMCORE_INLINE float exponent_factor(const AttentionMask& m) {
+  if (m.position_bias) return kLog2e;
+  return ready_first(m) ? 1.f : m.scale * kLog2e;
+}
 inline void ready_scores(const AttentionMask& m, const BiasRow& bias, int64_t begin, int64_t end, float* s) {
+  if (bias.table) {
+    for (int64_t c = begin; c < end; c += kLanes) store(s + c, fma(load(s + c), set1(m.scale), bias.at(c)));
+    return;
+  }
   if (!ready_first(m)) return;
   if (m.softcap > 0) {
     const float in = m.scale / m.softcap, out = m.softcap * kLog2e;
@@ -178,8 +186,6 @@ inline void ready_scores(const AttentionMask& m, const BiasRow& bias, int64_t be
   } else {
     for (int64_t c = begin; c < end; c += kLanes) store(s + c, load(s + c) * (m.scale * kLog2e));
   }
-  if (bias.table)
-    for (int64_t c = begin; c < end; c += kLanes) store(s + c, fma(bias.at(c), set1(kLog2e), load(s + c)));
 }
 
 // ---- rows of q, k, v -----------------------------------------------------------------------------------------------

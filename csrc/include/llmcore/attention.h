@@ -20,7 +20,7 @@ struct AttentionMask {
   int64_t window;      // |key - position| < window; 0: none
   const float* sinks;  // (heads): one more score per row whose value is nothing; or null
   // (heads, 2 * bias_reach + 1), CPU only, or null: added to the scores, a key d places after the query's taking column
-  // d + bias_reach, one farther away the first or last. Not with a softcap in the backward pass.
+  // d + bias_reach, one farther away the first or last. Not with a softcap.
   const float* position_bias;
   int64_t bias_reach;
   // bool (batch or 1, heads or 1, blocks_q, blocks_k), 0 strides where 1; or null
