@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmcore.models import Encoder, ModelConfig, Packing, Transformer, load_pretrained, mean_pool, save_pretrained
+from llmcore.models.families import FAMILIES
 from tests.models.parity import BERT, TOLERANCE, load_both, padded_batch, randomise, some_tokens, their_gradients
 
 transformers = pytest.importorskip("transformers")
@@ -183,6 +184,12 @@ def test_refuses():
         model(tokens, mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"mask is \[3, 6\]; accepted as lengths: 0 to 5 each"):
         model(tokens, mask=torch.tensor([3, 6]))
+
+
+@pytest.mark.parametrize("given", [[], "BertModel", ["BertForTokenClassification"], ["BertModel", "BertForMaskedLM"]])
+def test_refuses_other_architectures(given):
+    with pytest.raises(ValueError, match=r"bert: architectures is .*; accepted: one of BertModel, BertForMaskedLM"):
+        FAMILIES["bert"].config(BERT | {"architectures": given})
 
 
 def test_packing_of_nothing():

@@ -89,6 +89,13 @@ class HFConfig:
         if value not in accepted:
             raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
+    def architecture(self, *accepted: str) -> str:
+        """The one entry of `architectures`, the first of `accepted` where there is none."""
+        given = self.get("architectures", [accepted[0]])
+        if not isinstance(given, list) or len(given) != 1 or given[0] not in accepted:
+            raise ValueError(f"architectures is {given!r}; accepted: one of {', '.join(accepted)}")
+        return given[0]
+
     def rope(self, default_base: float = 10000.0, layer_type: str | None = None) -> dict[str, Any]:
         """rope_base, rope_fraction and rope_scaling, from `rope_parameters` (transformers 5) or the older `rope_theta`,
         `rope_scaling` and `partial_rotary_factor`; of one `layer_type` where each has its own."""

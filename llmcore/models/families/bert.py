@@ -19,9 +19,7 @@ def _config(c: HFConfig) -> ModelConfig:
     c.check("position_embedding_type", "absolute")
     c.check("is_decoder", False)
     c.check("tie_word_embeddings", True)
-    (name,) = c.get("architectures", ["BertModel"])
-    if name not in _HEADS:
-        raise ValueError(f"architectures is {[name]!r}; accepted: {', '.join(_HEADS)}")
+    name = c.architecture(*_HEADS)
     return ModelConfig(
         vocab_size=c.need("vocab_size"), dim=c.need("hidden_size"), num_layers=c.need("num_hidden_layers"),
         num_heads=c.need("num_attention_heads"), ffn_dim=c.need("intermediate_size"),

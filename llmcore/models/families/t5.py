@@ -16,10 +16,8 @@ _ENCODER, _BOTH = "T5EncoderModel", "T5ForConditionalGeneration"
 
 def _config(c: HFConfig) -> ModelConfig:
     c.check("feed_forward_proj", *_ACTIVATIONS)
-    (name,) = c.get("architectures", [_BOTH])
-    if name not in (_ENCODER, _BOTH, "T5Model"):
-        raise ValueError(f"architectures is {[name]!r}; accepted: {_BOTH}, T5Model, {_ENCODER}")
-    layers, dim, alone = c.need("num_layers"), c.need("d_model"), name == _ENCODER
+    alone = c.architecture(_BOTH, "T5Model", _ENCODER) == _ENCODER
+    layers, dim = c.need("num_layers"), c.need("d_model")
     scaled = c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True))
     return ModelConfig(
         vocab_size=c.need("vocab_size"), dim=dim, num_heads=c.need("num_heads"), head_dim=c.need("d_kv"),
