@@ -29,12 +29,15 @@ def median_seconds(function: Callable, rounds: int) -> float:
 
 def in_turns(calls: dict[str, Callable], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """({name: median milliseconds}, {peer: median over the rounds of peer time / llmcore time}): all run once in every
-    round, so that a noisy machine disturbs them alike."""
+    round, so that a noisy machine disturbs them alike. They go round in a circle, half of the rounds either way (an odd
+    number becomes even): each follows every neighbour as often, and none itself, or it would find its own tensors in
+    cache."""
     for call in calls.values():
         call()  # warm up
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls) if turn % 2 else list(reversed(calls)):
+    circle, half = list(calls), (rounds + 1) // 2
+    for turn in range(2 * half):
+        for name in circle if turn < half else circle[:1] + circle[:0:-1]:
             times[name].append(seconds(calls[name]))
     ratio = {
         name: statistics.median(peer / own for peer, own in zip(t, times["llmcore"]))

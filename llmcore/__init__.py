@@ -38,4 +38,11 @@ def build_info() -> dict[str, object]:
     }
 
 
-__all__ = ["__version__", "backend", "build_info", "explain", "ops"]
+def load(source, *, dtype=None, device="cpu", quantize=None):
+    """A model with its tokenizer, ready to use: see `llmcore.inference.load`."""
+    from llmcore.inference import load  # here: whoever wants the kernels alone needs no tokenizers
+
+    return load(source, dtype=dtype, device=device, quantize=quantize)
+
+
+__all__ = ["__version__", "backend", "build_info", "explain", "load", "ops"]

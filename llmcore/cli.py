@@ -1,4 +1,4 @@
-"""The command line: ``llmcore quickstart | pretrain | generate | tokenizer train | info``.
+"""The command line: ``llmcore quickstart | pretrain | generate | chat | perplexity | tokenizer train | info``.
 
 What a user got wrong is one line on stderr and exit code 2, a run that diverged is 1, Ctrl-C is 130; anything else is a
 bug and shows its trace.
@@ -14,6 +14,8 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+
+from llmcore.cli_models import add_commands
 
 USER_ERROR, DIVERGED = 2, 1
 
@@ -114,45 +116,6 @@ def pretrain(args: argparse.Namespace) -> int:
     return _run(recipe, Path(args.out) if args.out else new_run_dir(recipe.name), args, resume=False)
 
 
-def generate(args: argparse.Namespace) -> int:
-    from llmcore.inference import generate as run
-    from llmcore.inference import load_model
-    from llmcore.inference.device import find_device
-
-    model, tokenizer = load_model(args.model, find_device(args.device, "--device"))
-    stop = [i for i in [tokenizer.eos_id] if i is not None]
-    prompt = tokenizer.encode(args.prompt)
-    if not prompt:  # what begins a document: the end of the one before it
-        if not stop:
-            raise ValueError("--prompt is empty and this tokenizer has no end-of-text token to start from")
-        prompt = stop
-    shown, tokens = "", []
-
-    def show(_: int, token: int) -> None:
-        nonlocal shown
-        if not tokens:  # only now: a wrong setting must not leave half a line behind
-            print(args.prompt, end="")
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-
-    run(
-        model,
-        [prompt],
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_ids=stop,
-        on_token=show,
-    )
-    print(tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :])
-    return 0
-
-
 def tokenizer_train(args: argparse.Namespace) -> int:
     from llmcore.tokenizers import train_tokenizer
     from llmcore.training.config import SourceConfig
@@ -214,15 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", metavar="RUN", help="go on with this run, by its own recipe")
     p.add_argument("--device", **device)
 
-    p = add("generate", generate, "Continue a text with a trained model.")
-    p.add_argument("--model", required=True, metavar="RUN", help="a run folder or a checkpoint folder in one")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
-    p.add_argument("--max-tokens", type=int, default=100, help="tokens to add at most (default: 100)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
-    p.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
-    p.add_argument("--seed", type=int, help="same seed, same text")
-    p.add_argument("--device", default="auto", **device)
+    add_commands(add)
 
     p = commands.add_parser("tokenizer", help="Train a tokenizer.", description="Train a tokenizer.")
     p = add("train", tokenizer_train, "Train a tokenizer on text.", p.add_subparsers(required=True, metavar="COMMAND"))

@@ -1,6 +1,7 @@
-// What is not an op: build information and the choice of instruction set.
+// What is not an op: build information, the choice of instruction set, the decoder.
 #include <pybind11/pybind11.h>
 
+#include "decoder.h"
 #include "llmcore/build_config.h"
 #include "llmcore/isa.h"
 #include "loaded_symbol.h"
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
         return llmcore::loaded_symbol(library.c_str(), symbol.c_str()) != nullptr;
       },
       "Whether the bindings find a function of a library that the process has loaded.");
+  llmcore::add_decoder(m);
 #ifdef LLMCORE_EMULATE_CUDA
   m.def(
       "emulator_options",

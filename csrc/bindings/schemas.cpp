@@ -44,6 +44,12 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
       "grouped_glu_backward(Tensor dout, Tensor kept, Tensor x, Tensor gate_up, Tensor offsets, Tensor? token_of, "
       "Tensor? row_of, str activation, bool need_dx, bool need_dgate_up) -> (Tensor dx, Tensor dgate_up)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
+  m.def("quantized_linear(Tensor x, Tensor packed, str format, int out_features, Tensor? bias) -> Tensor y");
+  m.def("quantized_linear_(Tensor(a!) y, Tensor x, Tensor packed, str format, Tensor? bias) -> ()");
+  m.def("pack_quantized(Tensor blocks, str format) -> Tensor packed");
+  m.def(
+      "quantized_embedding(Tensor ids, Tensor packed, str format, int num_embeddings, int dim, ScalarType dtype) -> "
+      "Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float softcap, "
       "float z_loss, float label_smoothing) -> (Tensor loss, Tensor lse)");

@@ -11,7 +11,10 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
+constexpr int64_t kKeys = 64;                 // in a tile of keys: a packed one of head size 128 is 32 KiB
+constexpr int64_t kSubRows = 48;              // a multiple of kTileRows; with kKeys columns its scores take 12 KiB: L1
 constexpr int64_t kBlockRows = 3 * kSubRows;  // rows of q whose packed forms stay in L2 while the keys pass
+static_assert(kSubRows % kTileRows == 0 && kKeys % kPanel == 0 && kKeys <= kMaxKeys, "tile sizes");
 
 template <class Product>
 struct Worker {
@@ -49,8 +52,7 @@ struct Worker {
 // Two rows of floats as pairs of bf16, and one row as bf16: the forms the bf16 product takes.
 inline void pair_rows(const float* even, const float* odd, int64_t begin, int64_t end, uint32_t* out) {
   for (int64_t c = begin; c < end; c += kLanes) {
-    const vu hi = odd ? bf16_bits(load(odd + c)) << 16 : vu{};
-    const vu pair = bf16_bits(load(even + c)) | hi;
+    const vu pair = operand_pair(load(even + c), odd ? load(odd + c) : zero());
     __builtin_memcpy(out + c, &pair, sizeof(pair));
   }
 }
@@ -193,14 +195,15 @@ class Backward {
       load_keys(t, x, key0, count);
       for (int64_t row0 = 0; row0 < t.rows; row0 += kSubRows) {
         const int64_t rows = min64(kSubRows, t.rows - row0);
-        const TileView view = view_tile(p_.mask, t, group_, row0, rows, key0, count);
+        const TileView view =
+            view_tile(p_.mask, t, group_, view_rows(p_.mask, t, group_, row0, rows), key0, count, kPanel);
         if (view.end == 0) continue;
         products(x, row0, rows, view);
         for (int64_t r = 0; r < rows; ++r) {
           float *p = x.p.data() + r * kKeys, *dp = x.ds.data() + r * kKeys;
-          ready_scores(p_.mask, bias_row(p_.mask, t, group_, row0 + r, key0), view.begin, round_up(view.end, kPanel),
-                       p);
-          if (view.partial) mask_scores(p_.mask, t, group_, row0 + r, key0, view, p);
+          ready_scores(p_.mask, bias_row(p_.mask, t, group_, row0 + r, key0), view.begin, view.stop, p);
+          if (view.partial)
+            mask_scores(p_.mask, t, group_, t.first_query + (row0 + r) / group_, (row0 + r) % group_, key0, view, p);
           vf sum = zero();
           for (int64_t c = view.begin; c < view.end; c += kLanes) {
             const vf e = fma(load(p + c), set1(exponent_factor(p_.mask)), set1(-x.lse.data()[row0 + r]));
@@ -215,7 +218,7 @@ class Backward {
   // Of a sub-block: its raw scores in x.p, dout . v in x.ds.
   void products(W& x, int64_t row0, int64_t rows, const TileView& view) const {
     const int64_t k_steps = steps_of<Product>(p_.shape.head_dim), v_steps = steps_of<Product>(p_.shape.v_head_dim);
-    const int64_t begin = view.begin, panels = (round_up(view.end, kPanel) - begin) / kPanel;
+    const int64_t begin = view.begin, panels = (view.stop - begin) / kPanel;
     multiply_panels<Product, true>(rows, panels, k_steps, x.q.data() + row0 * k_steps, k_steps,
                                    x.k_by_dim.data() + begin * k_steps, kPanel * k_steps, x.p.data() + begin, kKeys,
                                    false);
@@ -243,13 +246,14 @@ class Backward {
     bool loaded = false;
     for (int64_t row0 = 0; row0 < t.rows; row0 += kSubRows) {
       const int64_t rows = min64(kSubRows, t.rows - row0);
-      const TileView view = view_tile(p_.mask, t, group_, row0, rows, key0, count);
+      const TileView view =
+          view_tile(p_.mask, t, group_, view_rows(p_.mask, t, group_, row0, rows), key0, count, kPanel);
       if (view.end == 0) continue;
       if (!loaded) {
         load_keys(t, x, key0, count);
         loaded = true;
       }
-      const int64_t begin = view.begin, end = round_up(view.end, kPanel), keys = view.end - begin;
+      const int64_t begin = view.begin, end = view.stop, keys = view.end - begin;
       float *p = x.p.data(), *ds = x.ds.data();
       products(x, row0, rows, view);
       for (int64_t r = 0; r < rows; ++r) score_gradients(t, x, row0 + r, key0, view, p + r * kKeys, ds + r * kKeys);
@@ -267,7 +271,7 @@ class Backward {
         }
         bf16* to = reinterpret_cast<bf16*>(x.ds_rows.data());
         for (int64_t r = 0; r < rows; ++r)
-          for (int64_t c = begin; c < end; c += kLanes) store(to + r * kKeys + c, load(ds + r * kKeys + c));
+          for (int64_t c = begin; c < end; c += kLanes) store_operand(to + r * kKeys + c, load(ds + r * kKeys + c));
         p_columns = x.p_pairs.data(), ds_columns = x.ds_pairs.data(), ds_rows = x.ds_rows.data();
       }
       const int64_t q_at = row0 / Product::kStep * kPanel, sub_steps = steps_of<Product>(rows);
@@ -300,10 +304,10 @@ class Backward {
   // In: raw scores in p, dout . v in ds. Out: probabilities and gradients of the scaled scores (without the scale).
   void score_gradients(const Task& t, const W& x, int64_t r, int64_t key0, const TileView& view, float* p,
                        float* ds) const {
-    const int64_t begin = view.begin, end = round_up(view.end, kPanel);
+    const int64_t begin = view.begin, end = view.stop;
     const float lse = x.lse.data()[r], delta = x.delta.data()[r], factor = exponent_factor(p_.mask);
     ready_scores(p_.mask, bias_row(p_.mask, t, group_, r, key0), begin, end, p);
-    if (view.partial) mask_scores(p_.mask, t, group_, r, key0, view, p);
+    if (view.partial) mask_scores(p_.mask, t, group_, t.first_query + r / group_, r % group_, key0, view, p);
     if (p_.mask.softcap <= 0) {
       for (int64_t c = begin; c < end; c += kLanes) {
         const vf prob = exp2_nonpositive(fma(load(p + c), set1(factor), set1(-lse)));

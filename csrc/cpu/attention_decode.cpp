@@ -330,13 +330,14 @@ class Decode {
     const auto scores = [&] { return x.scores.data() + index() * rows * kTile; };
     each_head([&] { begin(t, x.q.data() + index() * rows * q_stride_, result(), range.index == 0); });
     const int64_t k_span = span(range, p_.shape.head_dim), v_span = span(range, p_.shape.v_head_dim);
+    const RowsView rows_view = view_rows(p_.mask, t, group_, 0, t.rows);
     for (int64_t key0 = range.first; key0 <= range.last; key0 += kTile) {
       const int64_t count = min64(kTile, range.last - key0 + 1);
       bool any = false;
       each_head([&] {
         TileView& view = x.views.data()[index()];  // block masks may differ by head, all else does not
-        view =
-            index() && !p_.mask.block_mask ? x.views.data()[0] : view_tile(p_.mask, t, group_, 0, t.rows, key0, count);
+        view = index() && !p_.mask.block_mask ? x.views.data()[0]
+                                              : view_tile(p_.mask, t, group_, rows_view, key0, count, kPanel);
         any |= view.end > 0;
       });
       if (!any) continue;
@@ -367,7 +368,7 @@ class Decode {
     each_head([&] {
       const Part done = result();
       for (int64_t r = 0; r < t.rows; ++r) done.totals[r] = reduce_sum(load(done.totals + r * kLanes));
-      if (range.whole) write_rows(p_, t, group_, done.acc, width_, done.highest, done.totals);
+      if (range.whole) write_rows(p_, t, group_, 0, t.rows, done.acc, width_, done.highest, done.totals);
     });
   }
 
@@ -438,12 +439,13 @@ class Decode {
         for (int64_t c = 0; c < end; c += kLanes) store(line + c, load(line + c) * load(x.k_scale + c));
       ready_scores(p_.mask, bias_row(p_.mask, t, group_, r, key0), 0, end, line);
       if (view.partial || view.begin > 0 || view.end < count)
-        mask_scores(p_.mask, t, group_, r, key0, TileView{0, count, true}, line);
+        mask_scores(p_.mask, t, group_, t.first_query + r / group_, r % group_, key0, TileView{0, count, end, true},
+                    line);
       weigh_row(end, line, to.highest[r], to.totals + r * kLanes, to.acc + r * width_);
       if (p_.v_scale)
         for (int64_t c = 0; c < end; c += kLanes) store(line + c, load(line + c) * load(x.v_scale + c));
       if constexpr (Math::kKeysAtOnce == 2)
-        for (int64_t c = 0; c < end; c += kLanes) store(pairs + r * kTile + c, load(line + c));
+        for (int64_t c = 0; c < end; c += kLanes) store_operand(pairs + r * kTile + c, load(line + c));
     }
   }
 
@@ -483,7 +485,7 @@ class Decode {
         join_rows(all.acc + r * width_, all.highest[r], all.totals[r], other.acc + r * width_, other.highest[r],
                   other.totals[r], width_);
     }
-    write_rows(p_, t, group_, all.acc, width_, all.highest, all.totals);
+    write_rows(p_, t, group_, 0, t.rows, all.acc, width_, all.highest, all.totals);
   }
 
   const AttentionParams& p_;

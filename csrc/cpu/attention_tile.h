@@ -3,7 +3,7 @@
 //
 // A task is a block of queries of one sequence together with all query heads that share one KV head ("the group"), so
 // that a packed tile of keys serves them all. Its rows are ordered query-major: row r is query first_query + r / group,
-// head kv_head * group + r % group. Rows are worked on in sub-blocks of kSubRows.
+// head kv_head * group + r % group.
 #pragma once
 #include "gemm.h"
 #include "llmcore/attention.h"
@@ -12,9 +12,8 @@ namespace llmcore {
 namespace cpu {
 namespace LLMCORE_ISA {
 
-constexpr int64_t kSubRows = 48;  // a multiple of kTileRows; with kKeys columns its scores take 12 KiB: L1
-constexpr int64_t kKeys = 64;     // keys in a tile, a multiple of kPanel: a packed K tile of head size 128 is 32 KiB
-static_assert(kSubRows % kTileRows == 0 && kKeys % kPanel == 0, "tile sizes");
+constexpr int64_t kMaxKeys = 128;  // in a tile of keys, a multiple of kPanel
+static_assert(kMaxKeys % kPanel == 0, "tile sizes");
 
 LLMCORE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 LLMCORE_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -94,47 +93,63 @@ inline const uint8_t* mask_row(const AttentionMask& m, int64_t b, int64_t head, 
   return m.block_mask + b * m.mask_batch + head * m.mask_head + query / m.block_q * m.mask_row;
 }
 
-// The part of a tile that a sub-block of rows sees: columns [begin, end), begin a multiple of kPanel. `partial` when
-// some row sees less than all of it.
+// What a few rows see by position: the first of their queries and the last. Ranges move right with the query, so these
+// two bound them all.
+struct RowsView {
+  int64_t q_first, q_last;
+  KeyRange first, last;
+};
+inline RowsView view_rows(const AttentionMask& m, const Task& t, int64_t group, int64_t row0, int64_t rows) {
+  const int64_t q_first = t.first_query + row0 / group, q_last = t.first_query + (row0 + rows - 1) / group;
+  return {q_first, q_last, visible_keys(m, t.seq, q_first), visible_keys(m, t.seq, q_last)};
+}
+
+// The part of a tile that rows see: columns [begin, end), as vectors [begin, stop). `partial` when some row sees less
+// than all of those.
 struct TileView {
-  int64_t begin, end;
+  int64_t begin, end, stop;
   bool partial;
 };
 
-// rows [row0, row0 + rows) of the task against the keys [key0, key0 + count)
-inline TileView view_tile(const AttentionMask& m, const Task& t, int64_t group, int64_t row0, int64_t rows,
-                          int64_t key0, int64_t count) {
-  const int64_t q_first = t.first_query + row0 / group, q_last = t.first_query + (row0 + rows - 1) / group;
-  // Ranges move right with the query, so the first and the last query bound them all.
-  const KeyRange a = visible_keys(m, t.seq, q_first), z = visible_keys(m, t.seq, q_last);
-  const int64_t first = max64(a.first, key0), last = min64(z.last, key0 + count - 1);
-  if (last < first) return {0, 0, false};
-  TileView view{(first - key0) / kPanel * kPanel, last - key0 + 1, false};
-  view.partial = z.first > key0 + view.begin || a.last < last || round_up(view.end, kPanel) != view.end;
+// Some rows of the task against the keys [key0, key0 + count). begin and stop are multiples of `grain`.
+inline TileView view_tile(const AttentionMask& m, const Task& t, int64_t group, const RowsView& rows, int64_t key0,
+                          int64_t count, int64_t grain) {
+  const int64_t first = max64(rows.first.first, key0), last = min64(rows.last.last, key0 + count - 1);
+  if (last < first) return {0, 0, 0, false};
+  TileView view{(first - key0) / grain * grain, last - key0 + 1, round_up(last - key0 + 1, grain), false};
+  view.partial = rows.last.first > key0 + view.begin || rows.first.last < last || view.stop != view.end;
   if (m.block_mask) {
     bool any = false, all = true;
-    for (int64_t r = row0; r < row0 + rows; ++r) {
-      const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + r % group, t.first_query + r / group);
-      for (int64_t c = first / m.block_k; c <= last / m.block_k; ++c) (seen[c] ? any : all) = seen[c];
-    }
-    if (!any) return {0, 0, false};
+    const int64_t heads = m.mask_head ? group : 1;  // with a stride of 0 all share one mask
+    for (int64_t q = rows.q_first / m.block_q; q <= rows.q_last / m.block_q; ++q)
+      for (int64_t h = 0; h < heads; ++h) {
+        const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + h, q * m.block_q);
+        for (int64_t c = first / m.block_k; c <= last / m.block_k; ++c) (seen[c] ? any : all) = seen[c];
+      }
+    if (!any) return {0, 0, 0, false};
     view.partial |= !all;
   }
   return view;
 }
 
-// Writes -inf over the scores (columns [view.begin, round_up(view.end)) of `s`) that row `r` of the task must not see.
-inline void mask_scores(const AttentionMask& m, const Task& t, int64_t group, int64_t r, int64_t key0,
+// Writes -inf over the scores (columns [view.begin, view.stop) of `s`) that `query`, in head `head` of the group, must
+// not see.
+inline void mask_scores(const AttentionMask& m, const Task& t, int64_t group, int64_t query, int64_t head, int64_t key0,
                         const TileView& view, float* s) {
-  const int64_t query = t.first_query + r / group;
   const KeyRange range = visible_keys(m, t.seq, query);
-  const int64_t end = round_up(view.end, kPanel);
-  const int64_t first = min64(max64(range.first - key0, view.begin), end);
-  const int64_t last = max64(min64(range.last - key0 + 1, end), first);
-  for (int64_t c = view.begin; c < first; ++c) s[c] = kNegInf;
-  for (int64_t c = last; c < end; ++c) s[c] = kNegInf;
+  const int64_t first = min64(max64(range.first - key0, view.begin), view.stop);
+  const int64_t last = max64(min64(range.last - key0 + 1, view.stop), first);
+  const auto hide = [&](int64_t from, int64_t to) {  // all of [from, to) but [first, last)
+    for (int64_t c = from; c < to; c += kLanes) {
+      const vi at = iota() + static_cast<int32_t>(c);
+      const vf x = load(s + c);
+      store(s + c, (at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(last)) ? x : set1(kNegInf));
+    }
+  };
+  hide(view.begin, first);
+  hide(max64(last / kLanes * kLanes, view.begin), view.stop);
   if (!m.block_mask) return;
-  const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + r % group, query);
+  const uint8_t* seen = mask_row(m, t.b, t.kv_head * group + head, query);
   for (int64_t c = first; c < last;) {
     const int64_t block = (key0 + c) / m.block_k, block_end = min64((block + 1) * m.block_k - key0, last);
     if (!seen[block])
@@ -169,7 +184,7 @@ inline BiasRow bias_row(const AttentionMask& m, const Task& t, int64_t group, in
 // fma(score, factor, -highest) rounds once. With a soft cap, or a scale that would turn -inf around, ready_scores()
 // replaces the scores by exponents beforehand and the factor is 1. With a position bias, beside which there is no soft
 // cap, it scales them and adds the bias in one rounding.
-LLMCORE_INLINE bool ready_first(const AttentionMask& m) { return m.softcap > 0 || m.scale <= 0; }
+LLMCORE_INLINE bool ready_first(const AttentionMask& m) { return m.position_bias || m.softcap > 0 || m.scale <= 0; }
 LLMCORE_INLINE float exponent_factor(const AttentionMask& m) {
   if (m.position_bias) return kLog2e;
   return ready_first(m) ? 1.f : m.scale * kLog2e;
@@ -228,7 +243,7 @@ LLMCORE_INLINE const void* at(const void* base, DType t, int64_t offset) {
 // element type, else to converted copies.
 template <class Elem>  // float or bf16
 struct TileRows {
-  const Elem* row[kKeys];
+  const Elem* row[kMaxKeys];
 };
 
 // Key rows [key0, key0 + count) of the task's sequence and KV head. `copy` holds count * dim floats.
@@ -260,9 +275,24 @@ inline void tile_rows(const AttentionShape& shape, const Task& t, const void* ba
   }
 }
 
-// Row r of a task's q (or dout, ...): its query row and head.
+// A row of a task: its query and its head within the group.
+struct TaskRow {
+  int64_t query, head;
+  int64_t offset(const Task& t, int64_t group, const RowStrides& s) const {  // in q, or out, ...
+    return t.b * s.batch + (t.seq.q_start + query) * s.row + (t.kv_head * group + head) * s.head;
+  }
+};
+// f(i, row) for the rows row0 + i, i < rows. Without a division for each, which costs as much as half of its loads.
+template <class F>
+LLMCORE_INLINE void for_task_rows(const Task& t, int64_t group, int64_t row0, int64_t rows, const F& f) {
+  TaskRow row{t.first_query + row0 / group, row0 % group};
+  for (int64_t i = 0; i < rows; ++i) {
+    f(i, row);
+    if (++row.head == group) row.head = 0, ++row.query;
+  }
+}
 LLMCORE_INLINE int64_t row_offset(const Task& t, int64_t group, int64_t r, const RowStrides& s) {
-  return t.b * s.batch + (t.seq.q_start + t.first_query + r / group) * s.row + (t.kv_head * group + r % group) * s.head;
+  return TaskRow{t.first_query + r / group, r % group}.offset(t, group, s);
 }
 
 // One row in the product's element type, zero-padded to `steps`: the row-major A operand.
@@ -281,34 +311,50 @@ LLMCORE_INLINE bool use_bf16_product(DType q, DType kv) { return kHasBf16Dot && 
 
 // ---- rows of a result ----------------------------------------------------------------------------------------------
 
-// Scores -> unnormalised probabilities of one row, in place; updates the row's running maximum (an exponent of 2) and
-// sum, and rescales its accumulator.
-inline void softmax_row(float factor, int64_t begin, int64_t end, float* s, float& highest, float& total, float* acc,
-                        int64_t acc_size) {
-  vf top = set1(kNegInf);
-  for (int64_t c = begin; c < end; c += kLanes) top = max(load(s + c), top);
-  const float tile_top = reduce_max(top) * factor;
-  if (tile_top == kNegInf) {  // nothing seen, or only NaN: those must reach the output
-    bool nan = false;
-    for (int64_t c = begin; c < end; ++c) nan |= s[c] != s[c];
-    if (!nan) {
-      for (int64_t c = begin; c < end; c += kLanes) store(s + c, zero());
-      return;
+// Of up to kTileRows rows: the largest exponent so far, or a little less, and the sum of 2^(exponent - highest).
+// Accumulators are rescaled only when an exponent exceeds `highest` by more than this: a power of 2 up to 2^8 is as
+// exact as one below 1, and rescaling becomes rare.
+constexpr float kHeadroom = 8.f;
+
+// Scores, columns [begin, end) of lines `width` apart, -> unnormalised probabilities in `out`, likewise. highest[r] and
+// total[r] of the rows are updated, lanes beyond `rows` read and left as they are; rows of `acc` rescaled.
+template <class Out>
+inline void softmax_tile(float factor, int64_t rows, int64_t begin, int64_t end, int64_t width, const float* s,
+                         Out* out, float* highest, float* total, float* acc, int64_t acc_size) {
+  constexpr int64_t kGroups = (kTileRows + kLanes - 1) / kLanes;
+  for (int64_t group = 0; group < kGroups && group * kLanes < rows; ++group) {
+    const int64_t row0 = group * kLanes, count = min64(kLanes, rows - row0);
+    const float* line = s + row0 * width;
+    vf each[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) each[r] = set1(kNegInf);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = begin; c < end; c += kLanes) each[r] = max(load(line + r * width + c), each[r]);
+    const vf top = max_each(each) * factor;
+    vf high = load(highest + row0), sum = load(total + row0);
+    if (any_above(top - high, kHeadroom)) {
+      const vf next = top - high > kHeadroom ? top : high;
+      // The first time there is nothing to rescale: highest is -inf, and the factor 2^-inf = 0.
+      const vf rescale = next == high ? set1(1.f) : exp2_nonpositive(high - next);
+      store(total + row0, sum *= rescale);
+      store(highest + row0, next);
+      for (int64_t r = 0; r < count; ++r)
+        if (next[r] != high[r] && high[r] != kNegInf)
+          for (int64_t d = 0; d < acc_size; d += kLanes) {
+            float* at = acc + (row0 + r) * acc_size + d;
+            store(at, load(at) * rescale[r]);
+          }
+      high = next;
     }
+    const vf base = high == kNegInf ? zero() : high;  // nothing seen yet: 2^-inf, not 2^NaN
+    for (int64_t r = 0; r < kLanes; ++r) each[r] = zero();
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = begin; c < end; c += kLanes) {
+        const vf e = exp2_nonpositive(fma(load(line + r * width + c), set1(factor), set1(-base[r])));
+        store_operand(out + (row0 + r) * width + c, e);
+        each[r] += e;
+      }
+    store(total + row0, sum + sum_each(each));
   }
-  if (tile_top > highest) {
-    const float rescale = highest == kNegInf ? 0.f : __builtin_exp2f(highest - tile_top);
-    total *= rescale;
-    for (int64_t d = 0; d < acc_size; d += kLanes) store(acc + d, load(acc + d) * rescale);
-    highest = tile_top;
-  }
-  vf sum = zero();
-  for (int64_t c = begin; c < end; c += kLanes) {
-    const vf e = exp2_nonpositive(fma(load(s + c), set1(factor), set1(-highest)));
-    store(s + c, e);
-    sum += e;
-  }
-  total += reduce_sum(sum);
 }
 
 // The state of a row before its first key. A sink is a score whose value is the zero vector.
@@ -328,18 +374,18 @@ inline void join_rows(float* acc, float& highest, float& total, const float* oth
   highest = top;
 }
 
-// A task's rows of out and lse.
-inline void write_rows(const AttentionParams& p, const Task& t, int64_t group, const float* acc, int64_t width,
-                       const float* highest, const float* total) {
-  for (int64_t r = 0; r < t.rows; ++r) {
-    void* out = const_cast<void*>(at(p.out, p.q_dtype, row_offset(t, group, r, p.out_strides)));
-    const float sum = total[r];
-    row_from_float(acc + r * width, p.q_dtype, p.shape.v_head_dim, sum == 0.f ? 0.f : 1.f / sum, out);
-    if (!p.lse) continue;
-    const int64_t query = t.seq.q_start + t.first_query + r / group, head = t.kv_head * group + r % group;
-    p.lse[t.b * p.lse_batch + head * p.lse_head + query] =
-        sum == 0.f ? kNegInf : highest[r] * kLn2 + __builtin_logf(sum);
-  }
+// Rows [row0, row0 + rows) of a task's out and lse, from their accumulators, maxima and sums.
+inline void write_rows(const AttentionParams& p, const Task& t, int64_t group, int64_t row0, int64_t rows,
+                       const float* acc, int64_t width, const float* highest, const float* total) {
+  for_task_rows(t, group, row0, rows, [&](int64_t i, TaskRow row) {
+    void* out = const_cast<void*>(at(p.out, p.q_dtype, row.offset(t, group, p.out_strides)));
+    const float sum = total[i];
+    row_from_float(acc + i * width, p.q_dtype, p.shape.v_head_dim, sum == 0.f ? 0.f : 1.f / sum, out);
+    if (!p.lse) return;
+    const int64_t head = t.kv_head * group + row.head;
+    p.lse[t.b * p.lse_batch + head * p.lse_head + t.seq.q_start + row.query] =
+        sum == 0.f ? kNegInf : highest[i] * kLn2 + __builtin_logf(sum);
+  });
 }
 
 }  // namespace LLMCORE_ISA

@@ -62,6 +62,7 @@ template <class Product, int R, int Vectors>
 LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, int64_t a_row, int64_t a_step,
                                const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
   vf acc[R][Vectors];
+#pragma GCC unroll 16  // or GCC 12 keeps them in memory
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < Vectors; ++j) acc[r][j] = zero();
   for (int64_t s = 0; s < steps; ++s) {
@@ -74,11 +75,19 @@ LLMCORE_INLINE void micro_rows(int64_t steps, const typename Product::Elem* a, i
     b += kPanel;
   }
   // Added at the end, not carried through: short chains of additions lose less.
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < Vectors; ++j) {
       float* to = c + r * c_stride + j * kLanes;
       store(to, accumulate ? acc[r][j] + load(to) : acc[r][j]);
     }
+}
+
+// A full tile of rows of a row-major a times half a panel.
+template <class Product>
+LLMCORE_NOINLINE void micro_half(int64_t steps, const typename Product::Elem* a, int64_t a_stride,
+                                 const typename Product::Elem* b, float* c, int64_t c_stride, bool accumulate) {
+  micro_rows<Product, kTileRows, 1>(steps, a, a_stride, 1, b, c, c_stride, accumulate);
 }
 
 // `rows` <= kTileRows. Rows = true: a is row-major (a_row is the row stride, steps are adjacent); false: a is column-
@@ -124,6 +133,27 @@ inline void multiply_panels(int64_t rows, int64_t panels, int64_t steps, const t
                                  b + j * panel_stride + s * kPanel, c + r * c_stride + j * kPanel, c_stride,
                                  accumulate || s > 0);
       }
+}
+
+// The same of the columns [begin, end), multiples of kLanes, of which c holds all: half a panel is not multiplied where
+// it would be left over at either end of a full tile of rows.
+template <class Product>
+inline void multiply_columns(int64_t rows, int64_t begin, int64_t end, int64_t steps, const typename Product::Elem* a,
+                             int64_t a_stride, const typename Product::Elem* b, float* c, int64_t c_stride) {
+  static_assert(kPanel == 2 * kLanes, "a panel has two halves");
+  const auto half = [&](int64_t at) {
+    const typename Product::Elem* from = b + at / kPanel * kPanel * steps + at % kPanel;
+    for (int64_t s = 0; s < steps; s += kChainSteps)
+      micro_half<Product>(steps - s < kChainSteps ? steps - s : kChainSteps, a + s, a_stride, from + s * kPanel, c + at,
+                          c_stride, s > 0);
+  };
+  const bool full = rows == kTileRows;
+  if (full && begin % kPanel) half(begin), begin += kLanes;
+  const bool last = full && end % kPanel && begin < end;
+  const int64_t first = begin / kPanel, panels = (end - first * kPanel + kPanel - 1) / kPanel - (last ? 1 : 0);
+  multiply_panels<Product, true>(rows, panels, steps, a, a_stride, b + first * kPanel * steps, kPanel * steps,
+                                 c + first * kPanel, c_stride, false);
+  if (last) half(end - kLanes);
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------
@@ -211,12 +241,10 @@ inline void pack_rows(uint32_t* out, int64_t n, int64_t k, const RowFn& row) {
       uint32_t* to = out + j * steps + s * Width;
       if (j + Width <= n && odd) {
         int v = 0;
-        for (; v + kLanes <= Width; v += kLanes) {
-          vh lo, hi;
-          __builtin_memcpy(&lo, even + j + v, sizeof(lo));
-          __builtin_memcpy(&hi, odd + j + v, sizeof(hi));
-          const vu pair = __builtin_convertvector(lo, vu) | __builtin_convertvector(hi, vu) << 16;
-          __builtin_memcpy(to + v, &pair, sizeof(pair));
+        for (; v + 2 * kLanes <= Width; v += 2 * kLanes) {
+          vu pairs[2];
+          pair_up(even + j + v, odd + j + v, pairs[0], pairs[1]);
+          __builtin_memcpy(to + v, pairs, sizeof(pairs));
         }
         for (; v < Width; ++v) to[v] = even[j + v].bits | static_cast<uint32_t>(odd[j + v].bits) << 16;
       } else {

@@ -162,6 +162,8 @@ PTX_DEVICE float reciprocal(float x) {  // relative error 2^-23
 }
 PTX_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself: never fused into an fma
 PTX_DEVICE int popcount(uint32_t x) { return __popc(x); }
+// c + the products of the four signed bytes of a and b
+PTX_DEVICE int dot_int8(uint32_t a, uint32_t b, int c) { return __dp4a(static_cast<int>(a), static_cast<int>(b), c); }
 // Byte i of the result is byte (selector >> 4 i & 7) of the eight bytes (high, low).
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
@@ -245,11 +247,11 @@ PTX_DEVICE Vec16 load_cached_16(const void* p) { return *simt::aligned<const Vec
 PTX_DEVICE void store_global_16(void* p, const Vec16& v) { *simt::aligned<Vec16>(p) = v; }
 // Atomic to ThreadSanitizer too: plain accesses without a barrier between are races.
 PTX_DEVICE uint32_t shared_add(uint32_t* p, uint32_t x) {
-  simt::shared_address(p);
+  simt::shared_pointer(simt::shared_address(p), sizeof *p);
   return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 }
 PTX_DEVICE void shared_or(uint32_t* p, uint32_t x) {
-  simt::shared_address(p);
+  simt::shared_pointer(simt::shared_address(p), sizeof *p);
   __atomic_fetch_or(p, x, __ATOMIC_RELAXED);
 }
 PTX_DEVICE void red_add(float* p, float x) { simt::atomic_add(p, x); }
@@ -286,6 +288,10 @@ PTX_DEVICE float product(float x, float y) {
   return xy;
 }
 PTX_DEVICE int popcount(uint32_t x) { return __builtin_popcount(x); }
+PTX_DEVICE int dot_int8(uint32_t a, uint32_t b, int c) {
+  for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return c;
+}
 PTX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t r = 0;

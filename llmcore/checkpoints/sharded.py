@@ -58,6 +58,9 @@ class TensorFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
+    def __len__(self) -> int:
+        return len(self._file_of)
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 

@@ -21,12 +21,14 @@ _MOE_OPS = ("moe_route", "grouped_glu", "grouped_gemm", "moe_combine")
 
 def can_capture(model: Transformer) -> bool:
     """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size. What
-    has an encoder or a position bias can't."""
-    if model.config.encoder_layers or model.config.position == "relative":
+    is quantised, or has an encoder or a position bias, can't."""
+    c = model.config
+    if model.device.type != "cuda" or c.head_dim > CUDA_HEAD_DIM or model.is_quantized:
         return False
-    weight = model.lm_head_weight
+    if c.encoder_layers or c.position == "relative":
+        return False
     ops = _STEP_OPS + (_MOE_OPS if model.config.moe is not None else ())
-    return weight.is_cuda and model.config.head_dim <= CUDA_HEAD_DIM and all(has_kernel(op, weight) for op in ops)
+    return all(has_kernel(op, model) for op in ops)  # whose dtype and device are its hidden states'
 
 
 @functools.cache

@@ -4,20 +4,55 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
-from llmcore.inference.sampling import check_sampling, draw
+from llmcore.inference.decoder import Decoder, can_decode
+from llmcore.inference.sampling import Penalties, check_sampling, draw
 from llmcore.models import ModelConfig, Transformer
 
 
-@torch.inference_mode()  # unlike no_grad, ops then skip their autograd layer: 3 us a call
+class NewToken(NamedTuple):
+    """A drawn token: prompt, the index of its prompt; logprob, under the softmax of the logits, penalties included but
+    neither temperature nor filters; last, whether its sequence ends with it."""
+
+    prompt: int
+    token: int
+    logprob: float
+    last: bool
+
+
 def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    on_token: Callable[[int, int], None] | None = None,
+    **settings,
+) -> list[list[int]]:
+    """Continues every prompt: `stream` to its end.
+
+    Args:
+        model, prompts, settings: see `stream`.
+        on_token: called as on_token(prompt_index, token) for each new token.
+
+    Returns:
+        The new tokens of each prompt, the stop token that ended it included.
+    """
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for new in stream(model, prompts, **settings):
+        outputs[new.prompt].append(new.token)
+        if on_token is not None:
+            on_token(new.prompt, new.token)
+    return outputs
+
+
+def stream(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
@@ -26,70 +61,85 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int | Sequence[int] | None = None,
     stop_ids: Collection[int] = (),
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """Continues every prompt.
+    stop_when: Callable[[int, int], bool] | None = None,
+) -> Iterator[NewToken]:
+    """Continues every prompt, and gives each token when it is drawn, those of one step in the order of their prompts.
 
     Args:
         model: runs in evaluation mode, in its own dtype and on its own device.
         prompts: token ids, at least one per prompt; a (batch, seq) tensor will do.
         max_tokens: the most new tokens per prompt.
         temperature, top_k, top_p, min_p: see `llmcore.ops.sample`; temperature 0 is greedy.
+        repetition_penalty, presence_penalty, frequency_penalty: see `llmcore.ops.apply_penalties_`.
         seed: one seed per prompt, or one number s that stands for s, s + 1, ...; None draws it. A token's noise is a
             function of its prompt's seed and its place in the sequence, on every device, so what a prompt gets does
             not depend on the prompts beside it.
         stop_ids: a sequence ends with the first of these that it draws.
-        on_token: called as on_token(prompt_index, token) for each new token.
-
-    Returns:
-        The new tokens of each prompt, the stop token that ended it included.
+        stop_when: asked as stop_when(prompt_index, token) after each token whether its sequence ends with it.
 
     Raises:
-        ValueError: for an empty prompt, a token id outside the vocabulary, a setting out of its range, or a prompt
-            that with max_tokens is longer than the model's max_positions.
+        ValueError: at once, for an empty prompt, a token id outside the vocabulary, a setting out of its range, or a
+            prompt that with max_tokens is longer than the model's max_positions.
         TypeError: for a prompt that is no sequence of integers.
         RuntimeError: when a row of the model's logits holds NaN or +inf.
     """
     check_sampling(temperature, top_k, top_p, min_p)
+    penalties = Penalties(repetition_penalty, presence_penalty, frequency_penalty)
     if not isinstance(max_tokens, Integral) or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; accepted: 1 or more")
     inputs = _token_ids(prompts, max_tokens, model.config)
     if not inputs:
-        return []
+        return iter(())
     seeds = _seeds(seed, len(inputs))
-    lengths = [len(prompt) for prompt in inputs]
-    weight = model.lm_head_weight
-    num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in inputs]
-    cache = PagedKVCache(model.config, sum(num_blocks), dtype=weight.dtype, device=weight.device)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return _steps(model, inputs, max_tokens, sampling, penalties, seeds, frozenset(stop_ids), stop_when)
+
+
+@torch.inference_mode()  # unlike no_grad, ops then skip their autograd layer: 3 us a call
+def _steps(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_tokens: int,
+    sampling: dict,
+    penalties: Penalties,
+    seeds: list[int],
+    stop_ids: frozenset[int],
+    stop_when: Callable[[int, int], bool] | None,
+) -> Iterator[NewToken]:
+    num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in prompts]
+    cache = PagedKVCache(model.config, sum(num_blocks), dtype=model.dtype, device=model.device)
+    decoder = Decoder(model, cache) if can_decode(model) else None
     graphs = _DecodeGraphs(model, cache, max(num_blocks)) if can_capture(model) else None
-    outputs: list[list[int]] = [[] for _ in inputs]
-    running = list(range(len(inputs)))
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running, inputs = list(range(len(prompts))), prompts
     was_training = model.training
     model.eval()
     try:
         while running:
             if graphs is None or not outputs[running[0]]:  # the prompts
-                logits = _last_logits(model, cache, running, inputs)
+                logits = _last_logits(model, decoder, cache, running, inputs)
             else:
                 logits = graphs.logits(running, [tokens[-1] for tokens in inputs])
-            positions = [lengths[index] + len(outputs[index]) for index in running]
-            tokens = draw(
-                logits, [seeds[index] for index in running], positions,
-                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            )  # fmt: skip
-            for index, token in zip(running, tokens):
+            if penalties.on:
+                logits = penalties.apply(logits, [prompts[i] for i in running], [outputs[i] for i in running])
+            positions = [len(prompts[i]) + len(outputs[i]) for i in running]
+            tokens, logprobs = draw(logits, [seeds[i] for i in running], positions, **sampling)
+            for index, token, logprob in zip(list(running), tokens, logprobs):
                 outputs[index].append(token)
-                if on_token is not None:
-                    on_token(index, token)
-                if token in stop_ids or len(outputs[index]) == max_tokens:
+                last = token in stop_ids or len(outputs[index]) == max_tokens
+                last = bool(stop_when is not None and stop_when(index, token)) or last
+                if last:
                     cache.release(index)
-            running = [index for index in running if index in cache.blocks]
+                    running.remove(index)
+                yield NewToken(index, token, logprob, last)
             inputs = [outputs[index][-1:] for index in running]
     finally:
         model.train(was_training)
-    return outputs
 
 
 def _token_ids(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> list[list[int]]:
@@ -142,9 +192,14 @@ class _DecodeGraphs:
         return self._graphs[batch_size].logits(sequences, tokens)
 
 
-def _last_logits(model: Transformer, cache: PagedKVCache, sequences: list[int], inputs: list[list[int]]) -> Tensor:
+def _last_logits(
+    model: Transformer, decoder: Decoder | None, cache: PagedKVCache, sequences: list[int], inputs: list[list[int]]
+) -> Tensor:
     """Runs each sequence's new tokens. Gives the logits after its last one, (sequences, vocab)."""
     step = cache.extend(sequences, [len(tokens) for tokens in inputs])
     packed = torch.tensor([token for tokens in inputs for token in tokens], device=cache.device)
-    hidden = model(packed, cache=step).hidden
+    if decoder is not None and len(packed) <= decoder.MAX_TOKENS:
+        hidden = decoder.hidden(packed, step)
+    else:
+        hidden = model(packed, cache=step).hidden
     return model.logits(hidden if step.cu_seqlens_q is None else hidden[step.cu_seqlens_q[1:].long() - 1])

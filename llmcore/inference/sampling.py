@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -25,6 +27,40 @@ def check_sampling(
             raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
 
 
+@dataclass(frozen=True)
+class Penalties:
+    """What tokens that were seen are punished with: see `llmcore.ops.apply_penalties_`. Raises a ValueError that names
+    the first value out of its range."""
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("repetition", "above 0"), ("presence", "a number"), ("frequency", "a number")):
+            value = getattr(self, name)
+            good = isinstance(value, Real) and math.isfinite(value) and (name != "repetition" or value > 0)
+            if not good:
+                raise ValueError(f"{name}_penalty is {value!r}; accepted: {accepted}")
+
+    @property
+    def on(self) -> bool:
+        return (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
+
+    def apply(self, logits: Tensor, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> Tensor:
+        """The logits (batch, vocab) after the penalties for each row's prompt and output; `logits` stays as it is."""
+        seen = [[*prompt, *output] for prompt, output in zip(prompts, outputs)]
+        longest = max(map(len, seen))
+        tokens = torch.tensor([row + [-1] * (longest - len(row)) for row in seen], device=logits.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=logits.device)
+        logits = logits.clone()
+        ops.apply_penalties_(
+            logits, tokens, lengths,
+            repetition=float(self.repetition), presence=float(self.presence), frequency=float(self.frequency),
+        )  # fmt: skip
+        return logits
+
+
 def draw(
     logits: Tensor,
     seeds: Sequence[int],
@@ -34,8 +70,9 @@ def draw(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-) -> list[int]:
-    """Draws one token per row: `llmcore.ops.sample`, which says what the settings do.
+) -> tuple[list[int], list[float]]:
+    """Draws one token per row: `llmcore.ops.sample`, which says what the settings do. Gives the tokens and their log
+    probabilities under the softmax of the logits.
 
     Args:
         logits: (batch, vocab).
@@ -49,7 +86,7 @@ def draw(
     """
     check_sampling(temperature, top_k, top_p, min_p)
     signed = [s - 2**64 if s >= 2**63 else s for s in seeds]
-    tokens, _ = ops.sample(
+    tokens, logprobs = ops.sample(
         logits,
         **_settings(temperature, top_k, top_p, min_p),
         seeds=torch.tensor(signed, device=logits.device),
@@ -61,7 +98,7 @@ def draw(
             f"the logits of row {tokens.index(-1)} hold NaN or +inf, or are all -inf; accepted: finite logits, and "
             "-inf beside a finite one"
         )
-    return tokens
+    return tokens, logprobs.tolist()
 
 
 def probabilities(

@@ -9,6 +9,7 @@ from llmcore.layers.mlp import MLP, GatedMLP, make_mlp, plain
 from llmcore.layers.moe import MoE, MoEOutput
 from llmcore.layers.norm import DyT, LayerNorm, RMSNorm, make_norm
 from llmcore.layers.positions import RelativeBias, sinusoidal
+from llmcore.layers.quantized import QuantizedEmbedding, QuantizedLinear, quantize_model
 from llmcore.layers.rope import RotaryEmbedding
 
 __all__ = [
@@ -25,11 +26,14 @@ __all__ = [
     "Memory",
     "MoE",
     "MoEOutput",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "RMSNorm",
     "RelativeBias",
     "RotaryEmbedding",
     "make_mlp",
     "make_norm",
     "plain",
+    "quantize_model",
     "sinusoidal",
 ]

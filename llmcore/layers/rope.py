@@ -42,6 +42,10 @@ class RotaryEmbedding(nn.Module):
 
     def build_tables(self, device: torch.device | str) -> None:
         """Makes the tables anew, on `device`."""
+        if torch.device(device).type == "meta":  # where arithmetic makes torch import its compiler: a second
+            shape = (self.max_positions, self.rotary_dim // 2)
+            self.cos, self.sin = (torch.empty(shape, dtype=torch.float32, device="meta") for _ in range(2))
+            return
         tables = ops.rope_tables(self.max_positions, self.rotary_dim, self.base, device, scaling=self.scaling)
         self.cos, self.sin = tables
 

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from llmcore.checkpoints import CheckpointError, TensorFiles, read_json, write_tensor_files
 from llmcore.layers import RotaryEmbedding
-from llmcore.models.build import Model, build_model
+from llmcore.models.build import Model
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES, Family, family_of
+from llmcore.models.meta import meta_model
 
+MAX_COUNT = 1 << 14  # of layers, and of experts in one
+_COUNTS = ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts")
+_TABLE_BYTES = 256 << 20  # of rotary tables that the smallest model may have: 2^19 positions of 128 features
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,6 +36,9 @@ def read_config(folder: str | Path, names: Collection[str] | None = None) -> tup
     family = FAMILIES.get(values.get("model_type"))
     if family is None:
         raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}; accepted: {', '.join(FAMILIES)}")
+    for name in _COUNTS:
+        if isinstance(value := values.get(name), int) and value > MAX_COUNT:
+            raise CheckpointError(f"{path}: {name} is {value}; accepted: up to {MAX_COUNT}")
     try:
         config = family.config(values)
         return family, config if names is None else family.fit(config, _names(family, names))
@@ -58,8 +65,7 @@ def load_pretrained(
     files = TensorFiles(folder)
     _, config = read_config(folder, list(files))
     try:
-        with torch.device("meta"):  # no memory for sizes that the files don't have
-            model = build_model(config)
+        model = meta_model(config, len(files))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     with torch.no_grad():
@@ -68,10 +74,29 @@ def load_pretrained(
         wanted = tensor.dtype if name.endswith("expert_bias") or dtype is None else dtype
         tensors[name] = tensor.to(device, wanted)
     model.load_state_dict(tensors, assign=True, strict=True)
-    for module in model.modules():
-        if isinstance(module, RotaryEmbedding):  # its tables are in no file
-            module.build_tables(device)
+    build_rope_tables(model, folder / "config.json", sum(tensor.nbytes for tensor in tensors.values()), device)
     return model.eval()
+
+
+def build_rope_tables(model: Model, source: str | Path, num_bytes: int, device: torch.device | str) -> None:
+    """Makes the tables that are in no file.
+
+    Raises:
+        CheckpointError: naming `source`, when by its max_positions they would take more memory than a model with
+            `num_bytes` of weights can justify.
+    """
+    tables = [module for module in model.modules() if isinstance(module, RotaryEmbedding)]
+    needed = sum(8 * table.max_positions * (table.rotary_dim // 2) for table in tables)
+    if needed > max(_TABLE_BYTES, 4 * num_bytes):
+        raise CheckpointError(
+            f"{source}: max_positions is {model.config.max_positions}: rotary tables of {needed} bytes beside "
+            f"{num_bytes} bytes of weights"
+        )
+    try:
+        for table in tables:
+            table.build_tables(device)
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{source}: rotary tables of {model.config.rope_scaling}: {error}") from None
 
 
 def _ours(
@@ -129,13 +154,15 @@ def save_pretrained(model: Model, folder: str | Path, *, max_shard_bytes: int = 
     """Writes the model as `transformers` loads it; `load_pretrained` gives every weight back bit for bit.
 
     Raises:
-        ValueError: when no family of `transformers` describes the model.
+        ValueError: when no family of `transformers` describes the model, or its weights are quantised.
     """
     folder = Path(folder)
+    if model.is_quantized:
+        raise ValueError("the model is quantised; save_pretrained writes floating-point weights")
     family = family_of(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     values = family.config_json(model.config) | {"dtype": dtype, "torch_dtype": dtype}
     write_tensor_files(folder, _theirs(family, model.config, state), max_shard_bytes)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

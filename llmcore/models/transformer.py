@@ -19,6 +19,8 @@ from llmcore.layers import (
     Memory,
     MoE,
     MoEOutput,
+    QuantizedEmbedding,
+    QuantizedLinear,
     RelativeBias,
     RotaryEmbedding,
     make_mlp,
@@ -42,6 +44,8 @@ class TransformerOutput(NamedTuple):
 def make_model_norm(config: ModelConfig) -> nn.Module:
     return make_norm(config.norm, config.dim, config.norm_eps, config.norm_bias, config.norm_unit_offset)
 
+
+_QUANTIZED = (QuantizedEmbedding, QuantizedLinear)
 
 # The norms of each sublayer, by the ends of their names.
 _NORMS_OF_PLACEMENT = {
@@ -179,6 +183,22 @@ class Stack(nn.Module):
         last = config.norm_placement != "post"
         self.norm = make_model_norm(config) if last else None
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether `llmcore.layers.quantize_model` or a file quantised any of its weights."""
+        return any(isinstance(layer, _QUANTIZED) for layer in self.modules())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and logits."""
+        table = self.embed_tokens
+        return table.dtype if isinstance(table, QuantizedEmbedding) else table.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        table = self.embed_tokens
+        return table.device if isinstance(table, QuantizedEmbedding) else table.weight.device
+
     def positions_of(
         self,
         tokens: Tensor,
@@ -216,13 +236,13 @@ class Stack(nn.Module):
         memory: Memory | None = None,
     ) -> TransformerOutput:
         """x: the tokens' embeddings, (batch, seq, dim) or (total, dim); positions: as `positions_of` gives them."""
-        branch, residual = self._embed(x, positions, token_types), None
+        branch, residual = self.embed(x, positions, token_types), None
         where = {"positions": positions, "cu_seqlens": cu_seqlens, "cache": cache, "memory": memory}
         if self.relative_bias is not None:
             where["position_bias"] = self.relative_bias()
         routed = []
         for layer, block in enumerate(self.blocks):
-            branch, residual, out = block(branch, residual, rope=self._rope_of(layer), **where)
+            branch, residual, out = block(branch, residual, rope=self.rope_of(layer), **where)
             if out is not None:
                 routed.append(out)
         hidden = branch if self.norm is None else self.norm(branch, residual)[0]
@@ -233,7 +253,8 @@ class Stack(nn.Module):
             torch.stack([out.expert_load for out in routed]) if routed else None,
         )
 
-    def _rope_of(self, layer: int) -> RotaryEmbedding | None:
+    def rope_of(self, layer: int) -> RotaryEmbedding | None:
+        """What rotates the queries and keys of a layer."""
         if layer in self.config.no_rope_layers:
             return None
         local = self.local_rope is not None and self.config.layer_window(layer) is not None
@@ -262,7 +283,8 @@ class Stack(nn.Module):
                 f"cu_seqlens is {cu_seqlens}; accepted: torch.int32 offsets rising from 0 to {len(tokens)} tokens"
             )
 
-    def _embed(self, x: Tensor, positions: Tensor | None, token_types: Tensor | None) -> Tensor:
+    def embed(self, x: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
+        """What the first layer gets of the tokens' rows in the table, (batch, seq, dim) or (total, dim)."""
         if self.config.embedding_scale != "none":
             # rounded to the model's dtype, as Gemma was trained
             root = torch.tensor(self.config.dim**0.5, dtype=x.dtype).item()
@@ -319,8 +341,15 @@ class Transformer(Stack):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The output matrix, (vocab_size, dim)."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output matrix, (vocab_size, dim).
+
+        Raises:
+            TypeError: when it is quantised.
+        """
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        if isinstance(head, _QUANTIZED):
+            raise TypeError("the output matrix is quantised: it is for inference only, by way of logits()")
+        return head.weight
 
     def forward(
         self,
@@ -384,7 +413,12 @@ class Transformer(Stack):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., dim) -> logits (..., vocab_size), in hidden's dtype."""
-        logits = ops.linear(hidden, self.lm_head_weight)
+        if isinstance(self.lm_head, QuantizedLinear):
+            logits = self.lm_head(hidden)
+        elif self.lm_head is None and isinstance(self.embed_tokens, QuantizedEmbedding):
+            logits = self.embed_tokens.project(hidden)
+        else:
+            logits = ops.linear(hidden, self.lm_head_weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -440,6 +474,7 @@ class Transformer(Stack):
         """How many parameters there are, a tied matrix counted once; with `active`, those one token's pass uses: of
         routed experts only its own, of the lookup tables and of multi-token prediction none."""
         count = sum(p.numel() for p in self.parameters())
+        count += sum(layer.num_weights for layer in self.modules() if isinstance(layer, _QUANTIZED))
         if not active:
             return count
         moe = self.config.moe
@@ -449,7 +484,7 @@ class Transformer(Stack):
                 count -= routed // moe.num_experts * (moe.num_experts - moe.top_k)
         count -= sum(p.numel() for p in self.mtp.parameters()) if self.mtp is not None else 0
         tables = [self.embed_positions, self.embed_tokens if self.lm_head is not None else None]
-        return count - sum(table.weight.numel() for table in tables if table is not None)
+        return count - sum(table.num_embeddings * table.embedding_dim for table in tables if table is not None)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of training (forward and backward) per token of sequences of `seq_len` tokens.

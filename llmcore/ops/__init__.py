@@ -17,12 +17,14 @@ from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch, moe_sort
 from llmcore.ops.moe_route import Routing, moe_route
 from llmcore.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
+from llmcore.ops.quantized_linear import pack_quantized, quantized_embedding, quantized_linear, quantized_linear_
 from llmcore.ops.recompute import recompute_activations
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.rope import rope, rope_, rope_tables
 from llmcore.ops.rope_scaling import RopeScaling
 from llmcore.ops.sample import apply_penalties_, sample, sampling_probabilities
+from llmcore.reference import dequantize
 
 __all__ = [
     "BackendFallbackWarning",
@@ -36,6 +38,7 @@ __all__ = [
     "attention",
     "backend",
     "check_device_errors",
+    "dequantize",
     "dyt",
     "explain",
     "geglu",
@@ -50,9 +53,13 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "moe_sort",
+    "pack_quantized",
     "paged_attention",
     "qk_norm_rope",
     "qk_norm_rope_cache_write",
+    "quantized_embedding",
+    "quantized_linear",
+    "quantized_linear_",
     "recompute_activations",
     "registry",
     "rms_norm",

@@ -210,8 +210,9 @@ def use_kernel(name: str, x: Tensor) -> bool:
     return served
 
 
-def has_kernel(name: str, x: Tensor) -> bool:
-    """What `use_kernel` will say of such a call, for who plans ahead: without a warning, nor an error."""
+def has_kernel(name: str, x: Tensor | torch.nn.Module) -> bool:
+    """What `use_kernel` will say of a call with x's dtype and device, for who plans ahead: without a warning, nor an
+    error."""
     return _override != "reference" and _kernel_refusal(name, x.device, x.dtype) is None
 
 

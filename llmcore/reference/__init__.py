@@ -13,6 +13,16 @@ from llmcore.reference.moe import grouped_gemm, grouped_glu, moe_combine, moe_di
 from llmcore.reference.norms import dyt, layer_norm, rms_norm
 from llmcore.reference.optim import adamw_, global_norm
 from llmcore.reference.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
+from llmcore.reference.quantized import (
+    dequantize,
+    pack_quantized,
+    quantize,
+    quantize_activations,
+    quantized_embedding,
+    quantized_linear,
+    quantized_linear_,
+    unpack_quantized,
+)
 from llmcore.reference.rope import rope, rope_
 from llmcore.reference.sampling import apply_penalties_, sample, sampling_probabilities
 
@@ -21,6 +31,7 @@ __all__ = [
     "adamw_",
     "apply_penalties_",
     "attention",
+    "dequantize",
     "dyt",
     "geglu",
     "global_norm",
@@ -34,14 +45,21 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "moe_sort",
+    "pack_quantized",
     "paged_attention",
     "qk_norm_rope",
     "qk_norm_rope_cache_write",
     "quantise",
+    "quantize",
+    "quantize_activations",
+    "quantized_embedding",
+    "quantized_linear",
+    "quantized_linear_",
     "rms_norm",
     "rope",
     "rope_",
     "sample",
     "sampling_probabilities",
     "swiglu",
+    "unpack_quantized",
 ]

@@ -1,7 +1,7 @@
 """Chat templates: Jinja text that turns a list of messages into the one string a model was trained on.
 
-A template comes with a downloaded model, so it is untrusted: it runs in Jinja's immutable sandbox, which keeps it from
-the system but does not bound its time and memory. Templates written for transformers' `apply_chat_template` find what
+A template comes with a downloaded model, so it is untrusted: it runs in a sandbox that keeps it from the system and
+bounds its time and what it makes (`sandbox.py`). Templates written for transformers' `apply_chat_template` find what
 they use there: `tojson` with its options, `raise_exception`, `strftime_now`, `{% generation %}` and loop controls.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .sandbox import BoundedEnvironment
 
 #: ChatML (one `<|im_start|>role ... <|im_end|>` block a message); tools are JSON lines in the system message.
 DEFAULT_CHAT_TEMPLATE = r"""{%- set has_system = messages[0].role == 'system' -%}
@@ -73,13 +74,13 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    return environment.bounded(template)
 
 
 def render_chat(
@@ -93,7 +94,7 @@ def render_chat(
     """Render `messages` (mappings with at least a string `role`) with a Jinja chat template.
 
     `variables` are further names the template may use (`bos_token`, ...). Raises ValueError for malformed messages,
-    a template that doesn't compile, that does what the sandbox forbids, or that refuses the messages.
+    a template that doesn't compile, that does what the sandbox forbids, runs for seconds, or refuses the messages.
     """
     if not messages or isinstance(messages, (str, bytes, Mapping)):
         raise ValueError(f"a chat needs a non-empty list of messages, not {messages!r}")
@@ -101,13 +102,15 @@ def render_chat(
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {index} must be a mapping with a string 'role', not {message!r}")
     try:
-        return _compile(template).render(
+        compiled = _compile(template)
+        return compiled.environment.render(
+            compiled,
             {
                 **(variables or {}),
                 "messages": messages,
                 "tools": tools,
                 "add_generation_prompt": add_generation_prompt,
-            }
+            },
         )
     except Exception as error:  # a template is a program: it can fail in any way, SyntaxError and MemoryError included
         raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error

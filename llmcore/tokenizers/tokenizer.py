@@ -36,13 +36,14 @@ class Tokenizer:
     `allow_special=True` says that it may become the control token. Added tokens that the file itself does not mark
     `special` are vocabulary and always match.
 
-    `json_text` is the content of a `tokenizer.json`; the `*_token` arguments name the special tokens by their text and
-    must be in its vocabulary. Truncation and padding settings in the file are dropped: they would lose text silently.
+    `content` is that of a `tokenizer.json`, as text or parsed; the `*_token` arguments name the special tokens by their
+    text and must be in its vocabulary. Truncation and padding settings in the file are dropped: they would lose text
+    silently.
     """
 
     def __init__(
         self,
-        json_text: str,
+        content: str | Mapping[str, Any],
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
@@ -50,7 +51,7 @@ class Tokenizer:
         unk_token: str | None = None,
         chat_template: str | None = None,
     ) -> None:
-        data = _parse_object(json_text)
+        data = _parse_object(content) if isinstance(content, str) else dict(content)
         data["truncation"] = data["padding"] = None
         _refuse_what_aborts(data)
         self._json = json.dumps(data, ensure_ascii=False)
@@ -91,6 +92,14 @@ class Tokenizer:
         """Text to id of every token the file marks as special."""
         added = self._plain.get_added_tokens_decoder()
         return {token.content: index for index, token in sorted(added.items()) if token.special}
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the file asks for the BOS token before each text. `encode` adds it only where it is told to."""
+        if self.bos_id is None:
+            return False
+        with _library_faults_as_value_errors():
+            return self._plain.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     @property
     def bos_id(self) -> int | None:
@@ -228,6 +237,10 @@ class Tokenizer:
         return ids
 
     # ---- files
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return self._json
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path` itself if it ends in .json, else the folder form: tokenizer.json and tokenizer_config.json.

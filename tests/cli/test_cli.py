@@ -137,8 +137,9 @@ def test_generate_refuses_bad_settings(run, capsys, tmp_path):
     assert "temperature" in error_of(capsys, *base, "--temperature", "-1")
     assert "seed is 1000000000000000000000" in error_of(capsys, *base, "--seed", str(10**21))
     assert "max_tokens is 0" in error_of(capsys, *base, "--max-tokens", "0")
-    assert "no such folder" in error_of(capsys, "generate", "--model", str(tmp_path / "no"), "--prompt", "x")
-    assert "no whole checkpoint" in error_of(capsys, "generate", "--model", str(tmp_path), "--prompt", "x")
+    missing = error_of(capsys, "generate", "--model", str(tmp_path / "no"), "--prompt", "x")
+    assert "no such file or folder; accepted: a run or checkpoint folder" in missing
+    assert "and no checkpoint; accepted:" in error_of(capsys, "generate", "--model", str(tmp_path), "--prompt", "x")
     assert "--device is 'gpu'; accepted: auto, cpu, cuda" in error_of(capsys, *base, "--device", "gpu")
 
 

@@ -56,10 +56,11 @@ def test_is_for_gpus():
 def test_needs_kernels_for_every_op_of_the_step(monkeypatch):
     """References look at their inputs on the host, which a capture does not allow."""
 
-    def capturable(moe=None, head_dim=64, without=None, encoder_layers=0, position="rope"):
-        monkeypatch.setattr(decode_graph, "has_kernel", lambda op, weight: op != without)
+    def capturable(moe=None, head_dim=64, without=None, quantized=False, encoder_layers=0, position="rope"):
+        monkeypatch.setattr(decode_graph, "has_kernel", lambda op, model: op != without)
         config = SimpleNamespace(moe=moe, head_dim=head_dim, encoder_layers=encoder_layers, position=position)
-        return can_capture(SimpleNamespace(lm_head_weight=SimpleNamespace(is_cuda=True), config=config))
+        device = torch.device("cuda")
+        return can_capture(SimpleNamespace(device=device, is_quantized=quantized, config=config))
 
     assert capturable(head_dim=576)
     assert capturable(moe="some")
@@ -68,4 +69,5 @@ def test_needs_kernels_for_every_op_of_the_step(monkeypatch):
     assert not capturable(without="paged_attention")
     assert not capturable(encoder_layers=2)  # whose sequences the host counts
     assert not capturable(position="relative")  # attention with a bias takes its reference on a GPU
+    assert not capturable(quantized=True)
     assert not capturable(moe="some", without="moe_route")

@@ -56,6 +56,7 @@ def test_is_found_from_any_folder(tmp_path, monkeypatch, folder, path):
         ({"norm": "batch"}, "config.json: norm is 'batch'; accepted: 'rms', 'layer', 'dyt'"),
         ({"ffn_dim": 64}, r"'blocks.0.mlp.gate_up.weight' has shape \(256, 64\); this model has \(128, 64\)"),
         ({"num_layers": 3}, "'blocks.2.attention.out.weight' is missing"),
+        ({"num_layers": 2**40}, "config.json: num_layers is 1099511627776; the file has 14 tensors"),
         ({"num_layers": 1}, "'blocks.1.attention.out.weight' has no place in this model"),
         ({"vocab_size": 2**40}, r"'embed_tokens.weight' has shape \(512, 64\); this model has \(1099511627776, 64\)"),
         ({"vocab_size": 2**60}, "config.json: .*overflow"),

@@ -90,7 +90,7 @@ def test_masked_tokens_have_no_probability():
 def test_draw_takes_seeds_of_64_bits():
     logits = torch.zeros(3, 1000)
     seeds = [2**64 - 5, -5, 2**63]
-    tokens = draw(logits, seeds, [1, 1, 1])
+    tokens, _ = draw(logits, seeds, [1, 1, 1])
     assert tokens[0] == tokens[1] != tokens[2]
     expected, _ = ops.sample(logits, seeds=torch.tensor([-5, -5, -(2**63)]), positions=1)
     assert tokens == expected.tolist()
@@ -98,11 +98,12 @@ def test_draw_takes_seeds_of_64_bits():
 
 def test_draw_applies_its_settings():
     logits = P.log().expand(200, -1)
-    tokens = draw(logits, range(200), [0] * 200, top_k=3)
+    tokens, logprobs = draw(logits, range(200), [0] * 200, top_k=3)
     assert set(tokens) == {1, 3, 4}
-    assert set(draw(logits, range(200), [0] * 200, temperature=0)) == {1}
-    assert set(draw(logits, range(200), [0] * 200, top_p=0.5)) == {1, 3}
-    assert set(draw(logits, range(200), [0] * 200, min_p=0.3)) == {1, 3, 4}
+    torch.testing.assert_close(torch.tensor(logprobs), logits.log_softmax(-1)[0, tokens].float())
+    assert set(draw(logits, range(200), [0] * 200, temperature=0)[0]) == {1}
+    assert set(draw(logits, range(200), [0] * 200, top_p=0.5)[0]) == {1, 3}
+    assert set(draw(logits, range(200), [0] * 200, min_p=0.3)[0]) == {1, 3, 4}
 
 
 def test_draw_raises_where_the_op_does_not_look(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmcore.checkpoints import CheckpointError
 from llmcore.inference import generate
 from llmcore.layers import MoE
 from llmcore.models import load_pretrained, save_pretrained
@@ -157,3 +158,14 @@ def test_cast_on_loading(tmp_path):
     assert model.blocks[1].mlp.expert_bias.dtype == torch.float32
     assert model.rope.cos.dtype == torch.float32
     assert torch.isfinite(model.logits(model(torch.arange(9)[None]).hidden)).all()
+
+
+def test_refuses_counts_that_no_file_has(tmp_path):
+    """At once: nothing is made for them."""
+    their_model("llama, tied").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    for layers, message in ((2**40, "accepted: up to 16384"), (9999, r"num_layers is 9999; the file has \d+ tensors")):
+        file.write_text(json.dumps(values | {"num_hidden_layers": layers}))
+        with pytest.raises(CheckpointError, match=message):
+            load_pretrained(tmp_path)

@@ -63,7 +63,9 @@ def check_adamw_at_odd_addresses(name: str, dtype: torch.dtype, grad_dtype: torc
 
 def check_norm_at_odd_addresses(dtype: torch.dtype) -> None:
     make = torch.Generator().manual_seed(0)
-    tensors = [shifted(torch.randn(n, generator=make).to(dtype), by)[0] for n in (33_001, 16, 5) for by in (0, 1, 5)]
+    tensors = [
+        shifted(torch.randn(n, generator=make).to(dtype), by)[0] for n in (33_001, 32_700, 16, 5) for by in (0, 1, 5)
+    ]
     with llmcore.backend("kernel"):
         norm = global_norm(tensors)
     assert norm.item() == pytest.approx(torch.cat(tensors).double().norm().item(), rel=2e-7)

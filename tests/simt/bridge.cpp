@@ -21,6 +21,7 @@
 #include "llmcore/moe_route.h"
 #include "llmcore/norm.h"
 #include "llmcore/qk_norm_rope.h"
+#include "llmcore/quantized_linear.h"
 #include "llmcore/rope.h"
 #include "llmcore/sample.h"
 
@@ -77,9 +78,12 @@ ON_THE_EMULATOR(glu_backward, GluBackwardParams)
 ON_THE_EMULATOR(dyt_forward, DytParams)
 ON_THE_EMULATOR(dyt_backward, DytBackwardParams)
 ON_THE_EMULATOR(kv_cache_write, KvCacheWriteParams)
+ON_THE_EMULATOR(quantized_embedding, QuantizedEmbeddingParams)
+ON_THE_EMULATOR(quantized_linear, QuantizedLinearParams)
 ON_THE_EMULATOR(layer_norm_forward, NormParams)
 ON_THE_EMULATOR(layer_norm_backward, NormBackwardParams)
 WITHOUT_CUDA_KERNEL(linear, LinearParams)
+WITHOUT_CUDA_KERNEL(pack_quantized, PackQuantizedParams)
 WITHOUT_CUDA_KERNEL(linear_cross_entropy, LinearCrossEntropyParams)
 WITHOUT_CUDA_KERNEL(qk_norm_rope, QkNormRopeParams)
 WITHOUT_CUDA_KERNEL(qk_norm_rope_backward, QkNormRopeBackwardParams)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import time
+import tracemalloc
 
 import pytest
 
-from llmcore.tokenizers import DEFAULT_CHAT_TEMPLATE, render_chat
+from llmcore.tokenizers import DEFAULT_CHAT_TEMPLATE, render_chat, sandbox
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 TOOLS = [{"name": "add", "parameters": {"type": "object"}}]
@@ -120,3 +122,65 @@ def test_hostile_and_broken_templates(template):
 def test_malformed_messages(messages):
     with pytest.raises(ValueError, match=r"message"):
         render_chat("", messages)
+
+
+GROW = "{% set ns = namespace(x=[1]) %}{% for i in range(8) %}{% set ns.x = [ns.x] * 1000 %}{% endfor %}"
+ENDLESS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+]
+TOO_LARGE = [
+    "{{ 'x' * 10 ** 9 }}",
+    "{{ 10 ** 10 ** 3 ** 9 }}{{ 7 ** (10 ** 9) }}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}"
+    "{% set ns.x = y %}{% endfor %}",
+    GROW + "{{ ns.x }}",
+    GROW + "{{ ns.x | tojson }}",
+    GROW + "{{ ns.x | string | length }}",
+    GROW + "{{ '%s' % ns.x }}",
+    "{{ 'x'.ljust(10 ** 10) }}",
+    "{{ 'x' | center(10 ** 10) }}",
+    "{{ '{:>99999999999}'.format('x') }}",
+    "{{ '%99999999999d' % 1 }}",
+    "{{ '%*d' % (10 ** 10, 1) }}",
+    "{{ '%99999999999d' | format(1) }}",
+    "{{ range(99999) | join('x' * 10000) }}",
+    "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}",
+    "{{ ('x' * 1000000) | replace('x', 'y' * 1000000) }}",
+    "{{ ('y' * 100000).join(['a'] * 100000) }}",
+    "{{ (['x' * 10000000] * 100) | join }}",
+    "{{ ('x\\n' * 1000000) | indent(100000) }}",
+    "{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_a_template_that_does_not_end_is_stopped(template, monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"the chat template failed: SecurityError: it runs for more than 0.2 s"):
+        render_chat(template, [{"role": "user", "content": "hi"}])
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("template", TOO_LARGE)
+def test_a_template_that_fills_the_memory_is_stopped(template):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="the chat template failed: SecurityError: "):
+            render_chat(template, [{"role": "user", "content": "hi"}])
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_bounds_leave_ordinary_templates_alone():
+    template = (
+        "{% for m in messages %}{{ loop.index ~ ':' ~ m.role }}{{ ' %s **%05d** ' % (m.content, 7) }}{% endfor %}"
+        "{{ ['a', 'b'] | map('upper') | join(', ') }}{{ 'x' * 3 }}{{ 2 ** 10 }}{{ {'k': [1, '<']} | tojson }}"
+        "{{ '{:>4}'.format(1) }}{% if 'a' ~ 'b' == 'ab' %}!{% endif %}{{ ', '.join(['p', 'q']) }}"
+    )
+    text = render_chat(template, [{"role": "user", "content": "hi"}])
+    assert text == '1:user hi **00007** A, Bxxx1024{"k": [1, "<"]}   1!p, q'

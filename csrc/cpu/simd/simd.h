@@ -175,6 +175,14 @@ LLMCORE_INLINE vu bf16_bits(vf x) {
 
 LLMCORE_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof(x)); }
 LLMCORE_INLINE void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;  // the instruction takes those for 0
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, kSubnormal) == 0, 1)) {
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+    __builtin_memcpy(p, &h, sizeof(h));
+    return;
+  }
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(LLMCORE_EMULATE_AVX512BF16)
   const __m256i u = (__m256i)bf16_bits(x);  // GCC 12 narrows by scalar moves; two instructions do it
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0x08);
@@ -182,6 +190,27 @@ LLMCORE_INLINE void store(bf16* p, vf x) {
 #else
   const vh h = __builtin_convertvector(bf16_bits(x), vh);
   __builtin_memcpy(p, &h, sizeof(h));
+#endif
+}
+// An operand of dot_bf16(), whose instruction takes subnormal numbers for 0: they may be stored as 0.
+LLMCORE_INLINE void store_operand(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+  __builtin_memcpy(p, &h, sizeof(h));
+#else
+  store(p, x);
+#endif
+}
+LLMCORE_INLINE void store_operand(float* p, vf x) { store(p, x); }
+// The same of two vectors, as pairs (low[i], high[i]).
+LLMCORE_INLINE vu operand_pair(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(kPairs), halves);
+#else
+  return bf16_bits(low) | bf16_bits(high) << 16;
 #endif
 }
 LLMCORE_INLINE void store(f16* p, vf x) {
@@ -556,6 +585,33 @@ LLMCORE_INLINE vf sum_each(vf (&v)[kLanes]) {
     for (int i = 0; i < half; ++i) {
       const vu a = bit_cast<vu>(v[i]), b = bit_cast<vu>(v[i + half]);
       v[i] = bit_cast<vf>(zip<0>(a, b)) + bit_cast<vf>(zip<1>(a, b));
+    }
+  return v[0];
+#endif
+}
+
+// Lane i of the result is the largest of v[i]'s lanes. v is overwritten.
+LLMCORE_INLINE vf max_each(vf (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
+    a[i] = (__m512)max((vf)_mm512_maskz_unpacklo_ps(0xffff, x, y), (vf)_mm512_maskz_unpackhi_ps(0xffff, x, y));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = (__m512d)a[2 * i], y = (__m512d)a[2 * i + 1];
+    b[i] = (__m512)max((vf)_mm512_maskz_unpacklo_pd(0xff, x, y), (vf)_mm512_maskz_unpackhi_pd(0xff, x, y));
+  }
+  for (int i = 0; i < 2; ++i)
+    c[i] = (__m512)max((vf)_mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0x88),
+                       (vf)_mm512_maskz_shuffle_f32x4(0xffff, b[2 * i], b[2 * i + 1], 0xdd));
+  return max((vf)_mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0x88),
+             (vf)_mm512_maskz_shuffle_f32x4(0xffff, c[0], c[1], 0xdd));
+#else
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) {
+      const vu a = bit_cast<vu>(v[i]), b = bit_cast<vu>(v[i + half]);
+      v[i] = max(bit_cast<vf>(zip<0>(a, b)), bit_cast<vf>(zip<1>(a, b)));
     }
   return v[0];
 #endif

@@ -33,8 +33,8 @@ struct DytBackwardParams {
   float* dbias_partial;    // likewise, or null when there is no bias
 };
 
-LLMCORE_CPU_KERNEL(dyt_forward, DytParams)
-LLMCORE_CPU_KERNEL(dyt_backward, DytBackwardParams)
+LLMCORE_CPU_KERNEL_BF16(dyt_forward, DytParams)
+LLMCORE_CPU_KERNEL_BF16(dyt_backward, DytBackwardParams)
 LLMCORE_CUDA_KERNEL(dyt_forward, DytParams)
 LLMCORE_CUDA_KERNEL(dyt_backward, DytBackwardParams)
 

@@ -36,8 +36,8 @@ struct GluBackwardParams {
   int64_t d_stride;  // of both
 };
 
-LLMCORE_CPU_KERNEL(glu_forward, GluParams)
-LLMCORE_CPU_KERNEL(glu_backward, GluBackwardParams)
+LLMCORE_CPU_KERNEL_BF16(glu_forward, GluParams)
+LLMCORE_CPU_KERNEL_BF16(glu_backward, GluBackwardParams)
 LLMCORE_CUDA_KERNEL(glu_forward, GluParams)
 LLMCORE_CUDA_KERNEL(glu_backward, GluBackwardParams)
 

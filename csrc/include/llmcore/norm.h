@@ -43,10 +43,10 @@ struct NormBackwardParams {
   float* dbias_partial;    // likewise, or null when there is no bias
 };
 
-LLMCORE_CPU_KERNEL(rms_norm_forward, NormParams)
-LLMCORE_CPU_KERNEL(rms_norm_backward, NormBackwardParams)
-LLMCORE_CPU_KERNEL(layer_norm_forward, NormParams)
-LLMCORE_CPU_KERNEL(layer_norm_backward, NormBackwardParams)
+LLMCORE_CPU_KERNEL_BF16(rms_norm_forward, NormParams)
+LLMCORE_CPU_KERNEL_BF16(rms_norm_backward, NormBackwardParams)
+LLMCORE_CPU_KERNEL_BF16(layer_norm_forward, NormParams)
+LLMCORE_CPU_KERNEL_BF16(layer_norm_backward, NormBackwardParams)
 LLMCORE_CUDA_KERNEL(rms_norm_forward, NormParams)
 LLMCORE_CUDA_KERNEL(rms_norm_backward, NormBackwardParams)
 LLMCORE_CUDA_KERNEL(layer_norm_forward, NormParams)

@@ -50,7 +50,7 @@ static inline int64_t qk_sum_tokens(int64_t num_heads) {
   return num_heads > 0 && num_heads < kSumRows ? kSumRows / num_heads : 1;
 }
 
-LLMCORE_CPU_KERNEL(qk_norm_rope, QkNormRopeParams)
-LLMCORE_CPU_KERNEL(qk_norm_rope_backward, QkNormRopeBackwardParams)
+LLMCORE_CPU_KERNEL_BF16(qk_norm_rope, QkNormRopeParams)
+LLMCORE_CPU_KERNEL_BF16(qk_norm_rope_backward, QkNormRopeBackwardParams)
 
 }  // namespace llmcore

@@ -24,7 +24,7 @@ struct RopeParams {
   const int64_t* positions;  // (batch, seq), contiguous, each in [0, max_positions); null: 0, 1, ... seq - 1
 };
 
-LLMCORE_CPU_KERNEL(rope, RopeParams)
+LLMCORE_CPU_KERNEL_BF16(rope, RopeParams)
 LLMCORE_CUDA_KERNEL(rope, RopeParams)
 
 }  // namespace llmcore

@@ -191,10 +191,11 @@ class Family:
             back = dataclasses.replace(back, **{name: getattr(config, name) for name in self.in_files})
         except (AttributeError, KeyError, TypeError, ValueError):
             return False
-        return _inference(back) == _inference(config)
+        return inference_settings(back) == inference_settings(config)
 
 
-def _inference(config: ModelConfig) -> dict[str, Any]:
+def inference_settings(config: ModelConfig) -> dict[str, Any]:
+    """A configuration without what matters to training alone."""
     values = config.to_dict() | _TRAINING_ONLY
     if config.moe is not None:
         values["moe"] = values["moe"] | {"balancing": config.moe.balancing == "bias", "aux_weight": 0, "bias_rate": 0}

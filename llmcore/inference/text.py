@@ -1,0 +1,74 @@
+"""From tokens to text as they come: characters whose bytes are not all there wait, and strings that may begin a stop
+string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmcore.tokenizers import Tokenizer
+
+_INCOMPLETE = "\ufffd"  # what bytes that are no UTF-8 yet are shown as
+_WINDOW = 16
+
+
+class TextStream:
+    """The text of one sequence: `feed` each token, show what it gives; `finish` gives what still waits.
+
+    Special tokens are no text. After a stop string `stopped` is True and no text follows; the string is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # the last tokens, since a token's text depends on those before it; and how much of their text was given
+        self._window: list[int] = []
+        self._given = 0
+        self._waiting = ""
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes."""
+        if self._tokenizer.id_to_token(token) is None:  # a row of the model's table that no token has
+            return ""
+        self._window.append(token)
+        now = self._decode(self._window)
+        whole = now.rstrip(_INCOMPLETE)
+        new, self._given = whole[self._given :], max(self._given, len(whole))
+        if whole == now and len(self._window) > _WINDOW:
+            self._shorten()
+        return self._hold_back(new)
+
+    def _shorten(self) -> None:
+        """Keeps of the window the last tokens that are whole characters."""
+        for count in range(1, 5):  # a character has up to 4 bytes
+            text = self._decode(self._window[-count:])
+            if _INCOMPLETE not in text:
+                self._window, self._given = self._window[-count:], len(text)
+                return
+
+    def finish(self) -> str:
+        """The text that waits."""
+        if self.stopped:
+            return ""
+        text = self._hold_back(self._decode(self._window)[self._given :]) + self._waiting
+        self._window, self._given, self._waiting = [], 0, ""
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _hold_back(self, new: str) -> str:
+        """Of all text that waits, what can be no part of a stop string."""
+        if self.stopped:
+            return ""
+        text = self._waiting + new
+        if found := [at for at in map(text.find, self._stop) if at >= 0]:
+            self.stopped, self._waiting = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._waiting = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
