@@ -39,7 +39,7 @@ def test_large_vocabularies(dtype, mode):
 
 def test_rows_that_are_no_distribution(emulated):
     """The binding of a CPU tensor looks, so the row's number shows that the kernel marked it."""
-    for bad in (torch.nan, torch.inf, None):
+    for bad in (torch.nan, -torch.nan, torch.inf, None):
         for temperature in (0.0, 1.0):
             logits = torch.zeros(3, 700)
             logits[1, 699] = bad or 0
