@@ -79,6 +79,7 @@ LLMCORE_INLINE void write_lines(const uint8_t* q, int64_t r, uint8_t* lines) {
 template <class F>
 void pack_panel(const PackQuantizedParams& p, int64_t index) {
   constexpr int64_t kWeights = F::kLayout.block;
+  if (p.k == 0) return;
   const int64_t row_bytes = p.k / kWeights * F::kLayout.block_bytes, bytes = quant_panel_bytes(F::kLayout, p.k);
   uint8_t* panel = p.packed + index * bytes;
   __builtin_memset(panel, 0, bytes);  // rows beyond n, and what pads the scales

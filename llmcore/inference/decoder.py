@@ -117,10 +117,10 @@ def can_decode(model: Transformer) -> bool:
 
 def _refusal(model: Transformer) -> str | None:
     c = model.config
-    if model.device.type != "cpu" or not all(has_kernel(op, model) for op in _OPS):
-        return f"it is {_name(model.dtype)} on {model.device}"
     if type(model) is not Transformer or not c.causal or c.position not in ("rope", "none"):
         return f"it is {type(model).__name__} with positions {c.position}"
+    if model.device.type != "cpu" or not all(has_kernel(op, model) for op in _OPS):
+        return f"it is {_name(model.dtype)} on {model.device}"
     if c.norm != "rms" or c.norm_placement not in ("pre", "sandwich"):
         return f"its norms are {c.norm_placement} and {c.norm}"
     for block in model.blocks:

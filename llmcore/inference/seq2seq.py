@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from llmcore.inference.generate import generate
 from llmcore.layers import CacheStep, Memory
 from llmcore.models import EncoderDecoder, TransformerOutput
+from llmcore.models.transformer import HasTable
 
 
-class ConditionedDecoder(nn.Module):
+class ConditionedDecoder(HasTable, nn.Module):
     """The decoder of `model` over sources encoded beforehand, with the interface of `Transformer` over a cache.
     Sequence i of the cache attends to source i.
 
@@ -26,7 +27,7 @@ class ConditionedDecoder(nn.Module):
         super().__init__()
         if empty := [index for index, source in enumerate(sources) if len(source) == 0]:
             raise ValueError(f"source {empty[0]} is empty; accepted: at least one token")
-        self.model, self.config, device = model, model.config, model.lm_head_weight.device
+        self.model, self.config, device = model, model.config, model.device
         lengths = [len(source) for source in sources]
         packed = torch.tensor([int(t) for source in sources for t in source], dtype=torch.int64, device=device)
         starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
@@ -34,8 +35,8 @@ class ConditionedDecoder(nn.Module):
         self._memory = model.memory(encoded, starts)
 
     @property
-    def lm_head_weight(self) -> Tensor:
-        return self.model.lm_head_weight
+    def embed_tokens(self) -> nn.Module:
+        return self.model.embed_tokens
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)

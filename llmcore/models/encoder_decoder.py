@@ -11,7 +11,7 @@ from llmcore import ops
 from llmcore.layers import CacheStep, Memory
 from llmcore.models.config import ModelConfig
 from llmcore.models.padding import Packing
-from llmcore.models.transformer import Stack, init_weights
+from llmcore.models.transformer import HasTable, Stack, init_weights
 
 
 class EncoderDecoderOutput(NamedTuple):
@@ -21,7 +21,7 @@ class EncoderDecoderOutput(NamedTuple):
     encoded: Tensor
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(HasTable, nn.Module):
     """A decoder whose layers attend to the output of an encoder: `model(source, target)` gives hidden states of the
     target's tokens, `model.logits(hidden)` logits. Both share one token table. `encode` and `decode` are its halves.
     Initial weights: `init_weights`."""

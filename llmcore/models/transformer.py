@@ -155,7 +155,27 @@ def init_weights(model: nn.Module, config: ModelConfig) -> None:
         # else a gain, a scale or DyT's alpha: as it was made
 
 
-class Stack(nn.Module):
+class HasTable:
+    """What a model with a table of tokens, `embed_tokens`, tells of itself."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether `llmcore.layers.quantize_model` or a file quantised any of its weights."""
+        return any(isinstance(layer, _QUANTIZED) for layer in self.modules())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and logits."""
+        table = self.embed_tokens
+        return table.dtype if isinstance(table, QuantizedEmbedding) else table.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        table = self.embed_tokens
+        return table.device if isinstance(table, QuantizedEmbedding) else table.weight.device
+
+
+class Stack(HasTable, nn.Module):
     """Layers one upon the other, from the embeddings of tokens to hidden states: all of a model but its output matrix,
     and but its token table where that is shared with another stack."""
 
@@ -182,22 +202,6 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         last = config.norm_placement != "post"
         self.norm = make_model_norm(config) if last else None
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether `llmcore.layers.quantize_model` or a file quantised any of its weights."""
-        return any(isinstance(layer, _QUANTIZED) for layer in self.modules())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of hidden states and logits."""
-        table = self.embed_tokens
-        return table.dtype if isinstance(table, QuantizedEmbedding) else table.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        table = self.embed_tokens
-        return table.device if isinstance(table, QuantizedEmbedding) else table.weight.device
 
     def positions_of(
         self,
