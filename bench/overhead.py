@@ -2,8 +2,8 @@
 
     python bench/overhead.py [--layers 12] [--threads N] [--json FILE]
 
-1. The step's calls of torch operators, and its time; the time of the very same calls on tiny tensors, which is what
-   they cost besides their work.
+1. The step's calls of torch operators, its time, and the operators that it goes to; the time of the very same calls on
+   tiny tensors, which is what they cost besides their work.
 2. Microseconds of one call of each op on tiny tensors: in inference mode, under no_grad, forward and backward.
 3. Copies, casts and fills: shape, dtype, and the line of llmcore that they come from (in a backward pass, the formula).
 """
@@ -28,6 +28,7 @@ from bench.cpu.step import ROW_LEN, ROWS, our_model
 from bench.model import our_step, text
 from llmcore import ops
 from llmcore.inference.cache import PagedKVCache
+from llmcore.inference.decoder import Decoder
 from llmcore.inference.sampling import draw
 
 MOVES = ("clone", "copy_", "_to_copy", "cat", "stack", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "full")
@@ -69,18 +70,22 @@ def training(layers: int, tiny: bool) -> Callable[[], object]:
     return our_step(model, text(rows, length, model.config.vocab_size, CPU))
 
 
-def decoding(layers: int, tiny: bool, batch: int = 1, context: int = 128) -> Callable[[], object]:
-    """One token for each of `batch` sequences, as `generate` does it. The cache does not grow: a step is repeatable."""
+def decoding(
+    layers: int, tiny: bool, batch: int = 1, context: int = 128, op_by_op: bool = False
+) -> Callable[[], object]:
+    """One token for each of `batch` sequences, as `generate` does it, or with a call for each op. The cache does not
+    grow: a step is repeatable."""
     model = our_model(torch.bfloat16, num_layers=layers, **(TINY if tiny else {})).eval()
     context = 8 if tiny else context
     blocks = PagedKVCache.blocks_for(context + 1)
     cache = PagedKVCache(model.config, batch * blocks, dtype=torch.bfloat16)
     cache.extend(range(batch), [context] * batch)
+    decoder, tokens = Decoder(model, cache), torch.zeros(batch, dtype=torch.int64)
 
     @torch.inference_mode()
     def step() -> None:
         room = cache.extend(range(batch), [1] * batch)
-        hidden = model(torch.zeros(batch, dtype=torch.int64), cache=room).hidden
+        hidden = model(tokens, cache=room).hidden if op_by_op else decoder.hidden(tokens, room)
         draw(model.logits(hidden), [0] * batch, [context] * batch, temperature=0)
         for sequence in range(batch):
             cache.lengths[sequence] = context
@@ -128,11 +133,12 @@ def count(step: Callable[[], object], floor: int) -> Calls:
     return calls
 
 
-def all_moves(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """name -> (calls, milliseconds) of copies and fills, with those that bindings make, which the mode does not see."""
+def own_times(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """operator -> (calls, milliseconds in it alone), the longest first, with those that bindings call, which the mode
+    does not see."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
-    events = (e for e in profile.key_averages() if e.key.removeprefix("aten::") in MOVES)
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
     return {e.key: (e.count, e.self_cpu_time_total / 1e3) for e in events if e.self_cpu_time_total > 0}
 
 
@@ -148,9 +154,12 @@ def report_step(name: str, make: Callable[[bool], Callable[[], object]], floor: 
     print("  " + "  ".join(f"{n} {op}" for op, n in calls.count.most_common(24)))
     for move, times in calls.moves.most_common():
         print(f"  {times:4}x {move}")
-    moves = all_moves(step)
+    times = own_times(step)
+    whole = sum(ms for _, ms in times.values())
+    print("  time: " + "  ".join(f"{name} {ms / whole:.1%}" for name, (_, ms) in list(times.items())[:12]))
+    moves = {name: entry for name, entry in times.items() if name.removeprefix("aten::") in MOVES}
     print("  with those in bindings: " + "  ".join(f"{n} {name} {ms:.2f} ms" for name, (n, ms) in moves.items()))
-    return {"calls": dict(calls.count), "moves": dict(calls.moves), "all": moves, "ms": total, "tiny_ms": bare}
+    return {"calls": dict(calls.count), "moves": dict(calls.moves), "own_times": times, "ms": total, "tiny_ms": bare}
 
 
 def main() -> None:
@@ -176,6 +185,8 @@ def main() -> None:
         "training step": (lambda tiny: training(options.layers, tiny), 2048, 5),
         "decode step, 1 sequence": (lambda tiny: decoding(options.layers, tiny), 2, 50),
         "decode step, 16 sequences": (lambda tiny: decoding(options.layers, tiny, batch=16), 2, 30),
+        "decode step op by op, 1 sequence": (lambda tiny: decoding(options.layers, tiny, op_by_op=True), 2, 50),
+        "decode step op by op, 16 sequences": (lambda tiny: decoding(options.layers, tiny, 16, op_by_op=True), 2, 30),
     }
     for name, arguments in what.items():
         result[name] = report_step(name, *arguments)

@@ -9,7 +9,7 @@
 #pragma once
 #include "gemm_workers.h"
 #include "scratch.h"
-#include "simd/simd.h"
+#include "simd/shuffles.h"
 
 namespace llmcore {
 namespace cpu {

@@ -8,7 +8,7 @@
 // past.
 #pragma once
 #include "scratch.h"
-#include "simd/simd.h"
+#include "simd/shuffles.h"
 
 // Out of line: a dozen copies of the inner loop at every call would only cost compile time.
 #define LLMCORE_NOINLINE inline __attribute__((noinline))

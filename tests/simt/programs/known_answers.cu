@@ -136,6 +136,24 @@ Outcome popcount() {
   return run(popcount_kernel, 32, in, expected);
 }
 
+__global__ void dot_int8_kernel(Words w) {
+  const uint32_t* in = w.in + 3 * threadIdx.x;
+  w.out[threadIdx.x] = static_cast<uint32_t>(ptx::dot_int8(in[0], in[1], static_cast<int>(in[2])));
+}
+Outcome dot_int8() {
+  std::vector<uint32_t> in, expected;
+  const auto add = [&](uint32_t a, uint32_t b, uint32_t c, int32_t sum) {
+    in.insert(in.end(), {a, b, c}), expected.push_back(static_cast<uint32_t>(sum));
+  };
+  add(0x01020304u, 0x01010101u, 5u, 15);            // 1 + 2 + 3 + 4 + 5
+  add(0xff000000u, 0x02000000u, 0u, -2);            // bytes are signed
+  add(0x80808080u, 0x80808080u, 0u, 65536);         // -128 squared, four times
+  add(0x7f7f7f7fu, 0x80808080u, 1u, -65023);        // 127 times -128, four times, and 1
+  add(0x0000000au, 0x0000000bu, 0xfffffff6u, 100);  // 110 - 10: byte meets byte of its own place
+  for (uint32_t l = 5; l < 32; ++l) add(l, 3u, l, static_cast<int32_t>(4 * l));
+  return run(dot_int8_kernel, 32, in, expected);
+}
+
 // ---- barriers
 // --------------------------------------------------------------------------------------------------------
 
@@ -540,6 +558,7 @@ std::vector<Correct> known_answers() {
       {"red_add_int", red_add_int},
       {"warp_extremes", warp_extremes},
       {"popcount", popcount},
+      {"dot_int8", dot_int8},
       {"red_add_warp", red_add_warp},
       {"ldmatrix", ldmatrix<false>},
       {"ldmatrix_trans", ldmatrix<true>},
