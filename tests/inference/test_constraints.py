@@ -32,7 +32,7 @@ PERSON = {
     "required": ["name", "age", "tags", "address", "ok"],
     "additionalProperties": False,
 }  # fmt: skip
-OPTIONS = ("yes", "yesterday", "no", "naïve \"x\" (a|b)*\n", "😀")
+OPTIONS = ("yes", "yesterday", "no", 'naïve "x" (a|b)*\n', "😀")
 
 
 def corpus():
@@ -108,7 +108,7 @@ def test_grammar(engine):
     grammar = Grammar('start: "(" start ")" | "x"')
     matcher = grammar.matcher(engine.tokenizer, engine.model.config.vocab_size)
     accepted = [matcher.accept(token) for token in engine.tokenizer.encode("((x))")]
-    assert accepted[-1] and not any(accepted[:-1])
+    assert accepted == [False] * (len(accepted) - 1) + [True]
     [output] = engine.generate(["a"], SamplingParams(constraint=grammar, seed=0, max_tokens=60))
     assert re.match(r"\(*x?\)*$", output.choices[0].text)
 
@@ -260,7 +260,6 @@ BOMBS = {
     "product": JSONSchema({"allOf": [{"anyOf": [nested(1) | {"title": f"{i}{j}"} for j in range(2)]}
                                      for i in range(20)]}),
     "rows": JSONSchema({"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(2500)}}),
-    "repeated": Regex("((a{1000}){1000}){1000}"),
     "groups": Regex("(" * 5000 + "a" + ")" * 5000),
     "choices": Choice([f"option {i}" for i in range(10000)]),
 }  # fmt: skip
@@ -275,10 +274,14 @@ def test_bombs_are_refused(engine, name):
     assert not engine.has_work
 
 
-def test_a_limit_met_on_the_way_ends_that_text_alone(engine):
+@pytest.mark.parametrize("pattern", ["(.*a.{20,40}){10}b", "((a{1000}){1000}){1000}", "(.*x){50}(.|\n)*y.{30}z"])
+def test_a_limit_met_on_the_way_ends_that_text_alone(engine, pattern):
     """Expressions whose automaton grows with the text: it ends with an error, those beside it go on."""
-    bomb = Regex("(.*a.{20,40}){10}b")
-    params = SamplingParams(constraint=bomb, max_tokens=300, seed=1, ignore_eos=True)
+    params = SamplingParams(constraint=Regex(pattern), max_tokens=300, seed=1)
+    try:
+        engine.prepare(params)
+    except ValueError:  # the beginning was dear enough
+        return
     other = SamplingParams(max_tokens=20, seed=2, ignore_eos=True)
     first, second = engine.generate(["a", "b"], [params, other])
     assert first.choices[0].finish in (Finish.ERROR, Finish.LENGTH)
@@ -287,7 +290,7 @@ def test_a_limit_met_on_the_way_ends_that_text_alone(engine):
 
 
 def test_what_a_constraint_needs(engine):
-    words = train_tokenizer(["some words to know"] * 3, kind="word")
+    words = train_tokenizer(["some words to know"] * 3, kind="word", vocab_size=20)
     with pytest.raises(ValueError, match="must spell bytes"):
         Regex("a").matcher(words, words.vocab_size)
     with pytest.raises(ValueError, match="end a text"):
