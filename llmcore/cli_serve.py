@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from llmcore.cli_models import MODEL, add_loading
@@ -19,23 +20,44 @@ def serve(args: argparse.Namespace) -> int:
         if (error.name or "").startswith("llmcore"):
             raise
         raise ImportError(f"{error.name} is missing; `pip install 'llmcore[serve]'`") from None
-    from llmcore.inference import load
+    from llmcore.inference import Engine, load
     from llmcore.inference.device import find_device
-    from llmcore.inference.engine import Engine
     from llmcore.serve.limits import Limits
 
     keys = frozenset([*args.api_key, *os.environ.get(KEYS, "").split()])
     names = ("max_requests", "max_body", "max_tokens", "max_choices", "timeout", "drain_timeout")
     limits = Limits(keys, **{name: value for name in names if (value := getattr(args, name)) is not None})
-    model = load(args.model, dtype=args.dtype, device=find_device(args.device, "--device"), quantize=args.quantize)
+    name = args.name or args.model
+    device = find_device(args.device, "--device")
+    if (embedder := _embedder(args, device)) is not None:
+        return run(create_app(None, embedder=embedder, name=name, limits=limits), args.host, args.port, args.say)
+    model = load(args.model, dtype=args.dtype, device=device, quantize=args.quantize)
     names = ("cache_tokens", "max_batch_tokens", "max_sequences")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    engine = Engine(model.model, model.tokenizer, stop_ids=model.stop_ids, **options)
+    engine = Engine.from_language_model(model, **options)
     app = create_app(
-        model, engine=engine, name=args.name or args.model, limits=limits, tool_parser=args.tool_parser,
+        model, engine=engine, name=name, limits=limits, tool_parser=args.tool_parser,
         reasoning={"auto": None, "on": True, "off": False}[args.reasoning], pooling=args.pooling, page=not args.no_page,
     )  # fmt: skip
     return run(app, args.host, args.port, args.say)
+
+
+def _embedder(args: argparse.Namespace, device: Any) -> Any:
+    """The embedder of a folder with an encoder (BERT); None for any other model."""
+    from llmcore.inference import load_embedder
+    from llmcore.inference.load import is_hf_folder
+    from llmcore.models import read_config
+    from llmcore.models.pretrained import DTYPES
+
+    folder = Path(args.model)
+    if not (folder.is_dir() and is_hf_folder(folder)):
+        return None
+    _, config = read_config(folder)
+    if config.causal or config.encoder_layers:
+        return None
+    if args.quantize is not None:
+        raise ValueError(f"--quantize is {args.quantize!r}; accepted for an encoder: nothing")
+    return load_embedder(folder, dtype=DTYPES.get(args.dtype), device=device)
 
 
 def add_serve(add: Any, say: Any) -> None:
@@ -45,7 +67,8 @@ def add_serve(add: Any, say: Any) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL)
     add_loading(p)
     p.add_argument("--name", help="what clients call the model (default: MODEL)")
-    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every network; better with a key (default: this machine alone)")
+    text = "0.0.0.0 for every network, then better with a key (default: 127.0.0.1, this machine alone)"
+    p.add_argument("--host", default="127.0.0.1", help=text)
     p.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
     text = f"a key that clients must send (repeatable; also those in ${KEYS}, which other users don't see)"
     p.add_argument("--api-key", action="append", default=[], metavar="KEY", help=text)

@@ -41,13 +41,16 @@ class TextEmbedder:
         if self.max_tokens < 1 or (limit is not None and self.max_tokens > limit):
             raise ValueError(f"max_tokens is {self.max_tokens}; accepted: 1 to max_positions = {limit}")
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """(len(texts), dim) float32, on the model's device. `batch_size` texts at a time run packed, without padding,
         in the order of their lengths."""
         if isinstance(texts, str):
             raise TypeError("texts is a str; accepted: a sequence of str")
-        ids = self.tokenizer.encode_wrapped(texts, self.max_tokens)
+        return self.embed_tokens(self.tokenizer.encode_wrapped(texts, self.max_tokens), batch_size)
+
+    @torch.inference_mode()
+    def embed_tokens(self, ids: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
+        """The same of token ids, special ones among them, 1 to max_positions for each text."""
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         device = self.model.lm_head_weight.device
         vectors = torch.empty(len(ids), self.model.config.dim, device=device)
@@ -56,7 +59,7 @@ class TextEmbedder:
             vectors[batch] = self._run([ids[i] for i in batch], device)
         return vectors
 
-    def _run(self, ids: list[list[int]], device: torch.device) -> Tensor:
+    def _run(self, ids: list[Sequence[int]], device: torch.device) -> Tensor:
         lengths = [len(tokens) for tokens in ids]
         tokens = torch.tensor([token for row in ids for token in row], dtype=torch.int64, device=device)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)

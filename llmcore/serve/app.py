@@ -75,7 +75,7 @@ def create_app(
         raise ValueError(f"tool_parser is {tool_parser!r}; accepted: {', '.join(map(repr, TOOL_PARSERS))}")
     running = None
     if model is not None:
-        running = AsyncEngine(engine or Engine(model.model, model.tokenizer, stop_ids=model.stop_ids))
+        running = AsyncEngine(engine or Engine.from_language_model(model))
         tool_parser = tool_parser or guess_tool_parser(model.tokenizer)
         reasoning = thinks(model.tokenizer) if reasoning is None else reasoning
     if embedder is not None:

@@ -17,6 +17,7 @@ from llmcore.serve.job import Job, Served
 from llmcore.serve.protocol import ChatRequest
 from llmcore.serve.reasoning import begins_in_thoughts, reasoning_parser
 from llmcore.serve.sampling import sampling_params
+from llmcore.serve.strategy import by_strategy
 from llmcore.serve.streaming import EventStream
 from llmcore.serve.structured import constraint_of, forced_tools
 from llmcore.serve.tool_parsers import MARKERS, tool_parser
@@ -28,14 +29,19 @@ _CALLS = {
     "hermes": '<tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>.',
     "llama3": '{"name": NAME, "parameters": OBJECT} and nothing else.',
     "mistral": '[TOOL_CALLS][{"name": NAME, "arguments": OBJECT}] and nothing else.',
-    "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>OBJECT<｜tool▁call▁end｜><｜tool▁calls▁end｜>.",
+    "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>OBJECT"
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>.",
 }
 
 
 async def answer(job: Job, request: ChatRequest) -> Response:
     served = job.served
     served.adapter(request.model)
-    prompt, constraint = await asyncio.gather(asyncio.to_thread(_prompt, served, request), constraint_of(served, request))
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
+    if request.strategy is not None:
+        return JSONResponse(head | {"object": "chat.completion"} | await by_strategy(served, request))
+    encoding = asyncio.to_thread(_prompt, served, request)
+    prompt, constraint = await asyncio.gather(encoding, constraint_of(served, request))
     params = sampling_params(
         served, request, max_tokens=request.most_tokens, prompt_tokens=len(prompt), constraint=constraint,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -43,7 +49,6 @@ async def answer(job: Job, request: ChatRequest) -> Response:
     await job.submit(prompt, params)
     inside = served.reasoning and begins_in_thoughts(served.language_model.tokenizer, prompt)
     choices = [_choice(served, request, inside) for _ in range(request.choices)]
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
     if request.stream:
         return EventStream(_events(job, request, choices, head | {"object": "chat.completion.chunk"}))
     async for _, delta in job.deltas():
@@ -59,7 +64,8 @@ def _prompt(served: Served, request: ChatRequest) -> list[int]:
         raise ApiError(f"{served.name} has no chat template; accepted: /v1/completions", param="messages",
                        code="unsupported")  # fmt: skip
     messages = [message.for_template() for message in request.messages]
-    tools = [] if request.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    shown = () if request.tool_choice == "none" else request.tools or ()
+    tools = [tool.model_dump(exclude_none=True) for tool in shown]
     template = lm.tokenizer.chat_template
     if tools and template is not None and "tools" not in template:  # it would not show them to the model
         messages, tools = _with_tools(messages, tools, served.tool_parser), []

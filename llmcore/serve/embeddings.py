@@ -74,7 +74,7 @@ class EncoderEmbedder:
         self._thread = ThreadPoolExecutor(1, "llmcore-embed")
 
     def encode(self, text: str) -> list[int]:
-        return self._embedder.tokenizer.encode_wrapped([text], None)[0]
+        return self._embedder.tokenizer.encode_wrapped([text], 1 << 30)[0]  # not cut: too long is an error
 
     @property
     def vocab_size(self) -> int:
@@ -86,7 +86,6 @@ class EncoderEmbedder:
             parts.append(await loop.run_in_executor(self._thread, self._run, batch))
         return torch.cat(parts)
 
-    @torch.inference_mode()
     def _run(self, batch: list[list[int]]) -> Tensor:
         return self._embedder.embed_tokens(batch).cpu()
 

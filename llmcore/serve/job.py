@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,19 @@ from llmcore.inference.sequence import Delta, Finish
 from llmcore.serve.errors import ApiError, timed_out, unavailable
 from llmcore.serve.limits import Gate, Limits
 from llmcore.serve.metrics import Metrics
+
+
+@contextlib.contextmanager
+def for_clients() -> Iterator[None]:
+    """The engine's errors as those of the API."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(str(error), code="invalid_value") from None
+    except EngineFailed as error:
+        raise unavailable(str(error), "engine_failed") from error
+    except EngineClosed:
+        raise unavailable("the server is shutting down", "shutting_down") from None
 
 
 @dataclass
@@ -60,8 +73,8 @@ class Served:
             return None
         if model in self.adapters:
             return model
-        names = ", ".join(map(repr, [self.name, *self.adapters]))
-        raise ApiError(f"model is {model[:200]!r}; accepted: {names}", status=404, param="model", code="model_not_found")
+        message = f"model is {model[:200]!r}; accepted: {', '.join(map(repr, [self.name, *self.adapters]))}"
+        raise ApiError(message, status=404, param="model", code="model_not_found")
 
 
 class Job:
@@ -89,12 +102,8 @@ class Job:
 
     async def submit(self, prompt: Sequence[int], params: SamplingParams) -> Running:
         """Puts a request into the engine. 400 for what the engine refuses."""
-        try:
+        with for_clients():
             running = await self.served.engine.submit(prompt, params)
-        except ValueError as error:
-            raise ApiError(str(error), code="invalid_value") from None
-        except EngineClosed:
-            raise unavailable("the engine takes no more requests", "shutting_down") from None
         self.running.append(running)
         return running
 
@@ -137,7 +146,7 @@ class Job:
     async def _watched(self, running: Running) -> AsyncIterator[Delta]:
         """The deltas of one, with errors for the client and the times for Prometheus."""
         metrics, first, counts = self.served.metrics, {}, {}
-        try:
+        with for_clients():
             async for delta in running:
                 now = time.monotonic()
                 if delta.tokens:
@@ -151,10 +160,6 @@ class Job:
                 if delta.finish is not None and counts.get(delta.index, 0) > 1:
                     metrics.per_token.observe((now - first[delta.index]) / (counts[delta.index] - 1))
                 yield delta
-        except EngineFailed as error:
-            raise unavailable(str(error), "engine_failed") from error
-        except EngineClosed:
-            raise unavailable("the server is shutting down", "shutting_down") from None
 
     def usage(self) -> dict[str, Any]:
         """The tokens of all that was submitted, once it has ended."""

@@ -91,7 +91,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """The body, if it is JSON by its own account, not too large, and there in time."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a page of another site can't send without asking
-        raise ApiError(f"content-type is {kind!r}; accepted: application/json", status=415, code="unsupported_media_type")
+        message = f"content-type is {kind!r}; accepted: application/json"
+        raise ApiError(message, status=415, code="unsupported_media_type")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:19]) > limits.max_body:
         await _discard(request)
@@ -146,7 +147,7 @@ def _too_large(limits: Limits) -> ApiError:
 
 
 async def until_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """What `work` gives. It is cancelled when the client goes away (`ClientDisconnect`). The body must have been read."""
+    """What `work` gives. It is cancelled when the client goes away (`ClientDisconnect`). The body has been read."""
     working = asyncio.ensure_future(work)
     watching = asyncio.create_task(_gone(request))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
@@ -21,6 +22,20 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_requests(self) -> None:
+        """When their time is up, requests that still run are told so: 503, or an error in the stream."""
+        served = self.config.app.state.served
+        await asyncio.sleep(served.limits.drain_timeout)
+        if served.engine is not None:
+            await served.engine.drain(0)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """From now on requests on open connections get 503, and so does /health."""

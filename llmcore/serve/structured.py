@@ -11,8 +11,8 @@ from llmcore.serve.protocol import ChatRequest, NamedTool, Sampling, Tool
 
 
 async def constraint_of(served: Served, request: Sampling) -> Any:
-    """The constraint that a request asks for, or None. It is compiled here once, beside the loop and the engine, so that
-    a schema that is wrong is a 400, and one that takes long keeps nobody waiting."""
+    """The constraint that a request asks for, or None. It is compiled here once, beside the loop and the engine, so
+    that a schema that is wrong is a 400, and one that takes long keeps nobody waiting."""
     kind, value = _wanted(request)
     if kind is None:
         return None

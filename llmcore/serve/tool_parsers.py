@@ -166,8 +166,8 @@ def _llama3(source: Source) -> Steps[None]:
 
 
 def _mistral(source: Source) -> Steps[None]:
-    """Mistral: [TOOL_CALLS] before a list of {"name": ..., "arguments": {...}}, or, later, before each call as NAME{...}
-    or NAME[ARGS]{...}."""
+    """Mistral: [TOOL_CALLS] before a list of {"name": ..., "arguments": {...}}, or, later, before each call as
+    NAME{...} or NAME[ARGS]{...}."""
     calls = _Calls(source)
     while True:
         source.forget()

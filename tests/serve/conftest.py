@@ -6,8 +6,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from tests.serve.running import ECHO, SERVE, Server  # noqa: E402
-from tests.serve.tiny import tiny_model  # noqa: E402
+from tests.serve.running import ECHO, SERVE, Server
+from tests.serve.tiny import tiny_model
 
 
 @pytest.fixture(scope="session")

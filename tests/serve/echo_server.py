@@ -51,7 +51,7 @@ def echoing(engine: Engine, delay: float, broken: int | None) -> Engine:
 
 
 def main(arguments: list[str]) -> int:
-    options = {"special": [], "delay": 0.0, "broken": None, "tool_parser": None, "cache_tokens": 8192, "max_positions": 2048}
+    options = {"special": [], "delay": 0.0, "broken": None, "tool_parser": None}
     limits = {}
     for name, value in zip(arguments[::2], arguments[1::2]):
         name = name.removeprefix("--")
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
             options[name] = value if name == "tool_parser" else json.loads(value)
         else:
             limits[name] = json.loads(value)
-    lm = tiny_model((*SPECIAL, *options["special"]), options["max_positions"])
-    engine = Engine(lm.model, lm.tokenizer, stop_ids=lm.stop_ids, cache_tokens=options["cache_tokens"])
+    lm = tiny_model((*SPECIAL, *options["special"]))
+    engine = Engine.from_language_model(lm, cache_tokens=8192)
     app = create_app(
         lm, engine=echoing(engine, options["delay"], options["broken"]), name="echo", limits=Limits(**limits),
         tool_parser=options["tool_parser"],

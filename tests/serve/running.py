@@ -31,7 +31,7 @@ class Server:
         self._reader = threading.Thread(target=self._read, args=(lines,), daemon=True)
         self._reader.start()
         while True:
-            line = lines.get(timeout=120)
+            line = lines.get(timeout=600)
             assert line is not None, f"the server ended: {''.join(self.log)}"
             if found := re.match(r"serving (\S+) at (http://\S+)", line):
                 self.name, self.url = found.groups()
@@ -47,11 +47,12 @@ class Server:
     def client(self, **options):
         import openai
 
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options)
+        options = {"api_key": "none", "max_retries": 0, "timeout": 300} | options
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def request(self, method: str, path: str, body: bytes | None = None, headers: dict | None = None):
         """(status, headers, body) of one request on a connection of its own."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=300)
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
@@ -70,7 +71,7 @@ class Server:
         lines = [line for line in text.decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
-    def idle(self, seconds: float = 30) -> dict[str, float]:
+    def idle(self, seconds: float = 120) -> dict[str, float]:
         """The metrics, once nothing runs any more and no block is held."""
         end = time.monotonic() + seconds
         while True:
@@ -86,7 +87,7 @@ class Server:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def stop(self, sig: int = signal.SIGTERM, timeout: float = 60) -> int:
+    def stop(self, sig: int = signal.SIGTERM, timeout: float = 300) -> int:
         self.process.send_signal(sig)
         return self.process.wait(timeout)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmcore.inference import load
+from llmcore.serve.tool_parsers import MARKERS
 from tests.serve.running import ECHO, SERVE
 
 openai = pytest.importorskip("openai")
@@ -240,7 +241,7 @@ def test_the_client_parses_them(echo):
         ("mistral", ["[TOOL_CALLS]"], '[TOOL_CALLS][{"name": "time", "arguments": {"city": "Rome"}}]'),
         (
             "deepseek",
-            ["<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"],
+            MARKERS["deepseek"],
             "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n"
             '{"city": "Rome"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
         ),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from tests.serve.tiny import SPECIAL, TEXT, tiny_tokenizer
 def split(text: str, inside: bool, places: list[int] = []) -> tuple[str, str]:  # noqa: B006
     parser, thoughts, content = reasoning_parser(inside), "", ""
     cuts = sorted({0, len(text), *(p % (len(text) + 1) for p in places)})
-    pieces = [text[a:b] for a, b in zip(cuts, cuts[1:])]
+    pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
     for event in [e for piece in pieces for e in parser.feed(piece)] + parser.finish():
         if isinstance(event, Reasoning):
             thoughts += event.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -59,7 +60,7 @@ def parsed(form: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
 
 def cut(text: str, places: list[int]) -> list[str]:
     places = sorted({0, len(text), *(p % (len(text) + 1) for p in places)})
-    return [text[a:b] for a, b in zip(places, places[1:])]
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 @pytest.mark.parametrize("form", FORMS)
