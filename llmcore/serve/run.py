@@ -17,7 +17,7 @@ _SPARE = 2.0  # seconds between the requests' last moment and that of the proces
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self._started = started
+        self._started, self.interrupted = started, False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -40,6 +40,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """From now on requests on open connections get 503, and so does /health."""
         self.config.app.state.served.gate.closed = True
+        self.interrupted |= sig == signal.SIGINT
         super().handle_exit(sig, frame)
 
 
@@ -65,7 +66,7 @@ def serve(app: FastAPI, host: str, port: int, say: Callable[[str], None]) -> int
         server.run(sockets=sockets)
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
+    return 128 + signal.SIGINT if server.interrupted else 0
 
 
 def _listen(host: str, port: int) -> socket.socket:

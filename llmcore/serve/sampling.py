@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmcore.inference.language_model import GenerationDefaults
 from llmcore.inference.params import SamplingParams
 from llmcore.serve.errors import ApiError
 from llmcore.serve.job import Served
 from llmcore.serve.protocol import Sampling
+
+_OF_THE_MODEL = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 def sampling_params(
@@ -32,7 +35,7 @@ def sampling_params(
     defaults = served.language_model.defaults
     values = {
         name: given if (given := getattr(request, name)) is not None else getattr(defaults, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", *_PENALTIES)
+        for name in _OF_THE_MODEL
     }
     values |= {
         "max_tokens": _max_tokens(served, max_tokens, prompt_tokens),
@@ -51,10 +54,6 @@ def sampling_params(
         return SamplingParams(**values, **more)
     except ValueError as error:
         raise ApiError(str(error), code="invalid_value") from None
-
-
-_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-assert all(hasattr(GenerationDefaults, name) for name in _PENALTIES)
 
 
 def _max_tokens(served: Served, asked: int | None, prompt_tokens: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def test_bad_requests_raise_before_anything_runs(asynchronous):
 
 
 def test_leaving_the_loop_aborts(asynchronous):
+    slowly(asynchronous)
+
     async def main():
         async for delta in asynchronous.stream([1, 2], LONG):
             assert delta.tokens
@@ -99,7 +102,14 @@ def test_leaving_the_loop_aborts(asynchronous):
     assert asynchronous.stats().tokens_generated < 400
 
 
+def slowly(engine, seconds=0.005):
+    step = engine.engine.step
+    engine.engine.step = lambda: (time.sleep(seconds), step())[1]
+
+
 def test_cancelling_aborts(asynchronous):
+    slowly(asynchronous)
+
     async def main():
         tasks = [asyncio.create_task(asynchronous.generate([i + 1], LONG)) for i in range(8)]
         for delay, task in enumerate(tasks):  # some before they were added, some while they run
@@ -114,6 +124,8 @@ def test_cancelling_aborts(asynchronous):
 
 
 def test_an_abort_with_an_error(asynchronous):
+    slowly(asynchronous)
+
     async def main():
         running = await asynchronous.submit([1], LONG)
         await running.__anext__()
@@ -196,6 +208,8 @@ def test_drain_waits(asynchronous):
 
 
 def test_drain_ends_what_is_left(asynchronous):
+    slowly(asynchronous)
+
     async def main():
         running = asyncio.create_task(asynchronous.generate([1], LONG))
         await asyncio.sleep(0.01)
@@ -223,6 +237,7 @@ def test_several_loops(model, asynchronous):
 
 def test_a_loop_that_is_gone(asynchronous):
     """A request whose loop was closed under it is aborted, and others go on."""
+    slowly(asynchronous)
 
     async def start():
         return await asynchronous.submit([1], LONG)

@@ -342,6 +342,29 @@ def test_a_tool_that_must_be_called(tiny):
         assert got.choices[0].message.content is None
 
 
+# ---- strategies
+
+
+def test_a_strategy(echo):
+    pytest.importorskip("llmcore.inference.strategies")
+    messages = say("It is 6 times 7. The answer is 42.")
+    spec = {"name": "self-consistency", "n": 3}
+    got = echo.client().chat.completions.create(
+        model="echo", messages=messages, max_tokens=60, extra_body={"strategy": spec}
+    )  # fmt: skip
+    assert "The answer is 42." in got.choices[0].message.content
+    assert got.strategy["answer"] == "42"
+    assert got.strategy["score"] == 1.0
+    assert got.usage.completion_tokens == got.strategy["usage"]["generated_tokens"] > 30
+    for wrong in ({"name": "luck"}, {"name": "self-consistency", "n": -1}, {"n": 3}, {}):
+        asked = {"model": "echo", "messages": messages, "strategy": wrong}
+        assert echo.post("/v1/chat/completions", asked)[0] == 400
+    for more in ({"stream": True}, {"n": 2}, {"tools": TOOLS}):
+        asked = {"model": "echo", "messages": messages, "strategy": spec} | more
+        assert echo.post("/v1/chat/completions", asked)[0] == 400
+    echo.idle()
+
+
 # ---- texts
 
 
