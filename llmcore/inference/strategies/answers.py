@@ -1,0 +1,117 @@
+"""The answer in a text, in a form in which equal answers are equal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+MAX_DIGITS = 64  # of a number; a longer one is text, for 10 ** 10 ** 9 takes for ever
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:\s?/\s?\d+)?")
+_HASHES = re.compile(r"####[ \t]*([^\n]+)")
+_PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
+_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
+_PLAIN = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:/(\d+))?")
+
+
+def normalize(answer: str) -> str:
+    """An answer in its usual form: numbers as lowest fractions ("1,234.50" and "2469/2" are "2469/2"), without currency
+    and percent signs; other text in lower case, without the full stop at its end and with single spaces."""
+    text = _plain(answer.strip())
+    text = _WRAPPED.sub(r"\1", text)
+    text = re.sub(r"\\[,;! ]|\\left|\\right", "", text)
+    text = text.replace("\\$", "$").replace("\\%", "%").replace("−", "-").strip("*$ \t\n`\"'").rstrip(".,;:!")
+    value = parse_number(text)
+    return " ".join(text.lower().split()) if value is None else str(value)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The number that a text is: whole, decimal or a fraction, maybe with thousands separators and signs of currency or
+    percent; None for other text, a division by 0, and more than MAX_DIGITS digits."""
+    text = re.sub(r"[\s$€£%]", "", text)
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
+        text = text.replace(",", "")
+    match = _PLAIN.fullmatch(text)
+    if match is None or len(text) > MAX_DIGITS:
+        return None
+    sign, before, after, divisor = match.groups()
+    if not (before or after) or (divisor is not None and int(divisor) == 0):
+        return None
+    value = Fraction(int((before or "") + (after or "")), 10 ** len(after or "") * int(divisor or 1))
+    return -value if sign == "-" else value
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} holds, whose braces balance."""
+    begin = text.rfind("\\boxed")
+    while begin >= 0:
+        opening = begin + len("\\boxed")
+        opening += len(text[opening:]) - len(text[opening:].lstrip())
+        depth = 0
+        for place in range(opening, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                break
+        if depth == 0 and text[opening : opening + 1] == "{":
+            return text[opening + 1 : place]
+        begin = text.rfind("\\boxed", 0, begin)
+    return None
+
+
+def hashes(text: str) -> str | None:
+    """What follows the last "####", as in GSM8K (arXiv 2110.14168)."""
+    found = _HASHES.findall(text)
+    return found[-1] if found else None
+
+
+def phrase(text: str) -> str | None:
+    """What follows the last "the answer is" or "Answer:": its first number, or the sentence's rest."""
+    found = _PHRASE.findall(text)
+    if not found:
+        return None
+    first = _NUMBER.search(_plain(found[-1]))
+    return first[0] if first else re.split(r"[.!?](?:\s|$)", found[-1])[0]
+
+
+def last_number(text: str) -> str | None:
+    found = _NUMBER.findall(_plain(text))
+    return found[-1] if found else None
+
+
+def _plain(text: str) -> str:
+    """With fractions on one line."""
+    return _FRACTION.sub(r"\1/\2", text)
+
+
+def auto(text: str) -> str | None:
+    r"""The first that there is of: \boxed{...}, "#### ...", "the answer is ...", the last number."""
+    for find in (boxed, hashes, phrase, last_number):
+        if (found := find(text)) is not None and found.strip():
+            return found
+    return None
+
+
+def _normalized(find: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    def extract(text: str) -> str | None:
+        found = find(text)
+        return (normalize(found) or None) if found is not None else None
+
+    extract.__doc__ = find.__doc__
+    return extract
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "auto": _normalized(auto),
+    "boxed": _normalized(boxed),
+    "hashes": _normalized(hashes),
+    "phrase": _normalized(phrase),
+    "number": _normalized(last_number),
+    "text": _normalized(lambda text: text),
+}
+
+
+def extract_answer(text: str, how: str = "auto") -> str | None:
+    """The normalised answer in a text; None when there is none."""
+    return EXTRACTORS[how](text)
