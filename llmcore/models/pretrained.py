@@ -109,7 +109,8 @@ def build_rope_tables(model: Transformer, source: str | Path, num_bytes: int, de
 def _ours(
     family: Family, config: ModelConfig, files: TensorFiles, wanted: Mapping[str, Tensor], besides: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors out of theirs, checked against the shapes that the configuration asks for; `besides` have no place there."""
+    """Our tensors out of theirs, checked against the shapes that the configuration asks for. Those of theirs that are
+    named in `besides` have no place in the model."""
     name_of = _names(family, files)
     used = set(besides)
     for rule in family.rules(config):

@@ -6,14 +6,17 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-MAX_DIGITS = 64  # of a number; a longer one is text, for 10 ** 10 ** 9 takes for ever
+MAX_DIGITS = 64  # of a number, and its largest exponent; one beyond that is text, for 10 ** 10 ** 9 takes for ever
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:\s?/\s?\d+)?")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?"  # 1,234.5
+    r"(?:[eE][-+]?\d+\b|\s?/\s?\d+)?"  # e3 or /2
+)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
+_PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)[ \t]*:?\s*", re.IGNORECASE)
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
-_PLAIN = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:/(\d+))?")
+_PLAIN = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:[eE]([-+]?\d+)|/(\d+))?")
 
 
 def normalize(answer: str) -> str:
@@ -28,18 +31,19 @@ def normalize(answer: str) -> str:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The number that a text is: whole, decimal or a fraction, maybe with thousands separators and signs of currency or
-    percent; None for other text, a division by 0, and more than MAX_DIGITS digits."""
+    """The number that a text is: whole, decimal (maybe with an exponent) or a fraction, maybe with thousands separators
+    and signs of currency or percent; None for other text, a division by 0, and more than MAX_DIGITS digits."""
     text = re.sub(r"[\s$€£%]", "", text)
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
         text = text.replace(",", "")
     match = _PLAIN.fullmatch(text)
     if match is None or len(text) > MAX_DIGITS:
         return None
-    sign, before, after, divisor = match.groups()
-    if not (before or after) or (divisor is not None and int(divisor) == 0):
+    sign, before, after, exponent, divisor = match.groups()
+    before, after, exponent, divisor = before or "", after or "", int(exponent or 0), int(divisor or 1)
+    if not before + after or divisor == 0 or abs(exponent) > MAX_DIGITS:
         return None
-    value = Fraction(int((before or "") + (after or "")), 10 ** len(after or "") * int(divisor or 1))
+    value = Fraction(int(before + after), 10 ** len(after) * divisor) * Fraction(10) ** exponent
     return -value if sign == "-" else value
 
 
@@ -61,18 +65,22 @@ def boxed(text: str) -> str | None:
 
 
 def hashes(text: str) -> str | None:
-    """What follows the last "####", as in GSM8K (arXiv 2110.14168)."""
+    """What follows the last "####", as in GSM8K (arXiv 2110.14168): the number there, or the line's rest."""
     found = _HASHES.findall(text)
-    return found[-1] if found else None
+    if not found:
+        return None
+    number = _NUMBER.match(found[-1])
+    return number[0] if number else found[-1]
 
 
 def phrase(text: str) -> str | None:
     """What follows the last "the answer is" or "Answer:": its first number, or the sentence's rest."""
-    found = _PHRASE.findall(text)
-    if not found:
+    begins = [match.end() for match in _PHRASE.finditer(text)]
+    if not begins:
         return None
-    first = _NUMBER.search(_plain(found[-1]))
-    return first[0] if first else re.split(r"[.!?](?:\s|$)", found[-1])[0]
+    rest = _plain(text[begins[-1] :].split("\n", 1)[0])
+    number = _NUMBER.search(rest)
+    return number[0] if number else re.split(r"[.!?](?:\s|$)", rest)[0]
 
 
 def last_number(text: str) -> str | None:

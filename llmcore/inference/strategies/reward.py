@@ -51,8 +51,7 @@ class RewardModel:
         weight = files[REWARD_HEAD]
         if weight.ndim != 2 or len(weight) != 1:
             raise CheckpointError(
-                f"{files.source(REWARD_HEAD)}: {REWARD_HEAD!r} has shape {tuple(weight.shape)}; accepted: (1, dim), one "
-                "label"
+                f"{files.source(REWARD_HEAD)}: {REWARD_HEAD!r} has shape {tuple(weight.shape)}; accepted: (1, dim)"
             )
         model = load_pretrained(folder, dtype=dtype, device=device, classifier=True)
         return cls(model, weight.to(device, model.dtype), Tokenizer.load(folder), sigmoid=sigmoid)
