@@ -44,6 +44,9 @@ class FakeEngine:
         if params.max_tokens is not None and len(tokens) > params.max_tokens:
             tokens, finish = tokens[: params.max_tokens], Finish.LENGTH
             text = TOKENIZER.decode(tokens, skip_special_tokens=True)
+        ends_at = next((i for i, token in enumerate(tokens) if token in params.stop_token_ids), None)
+        if ends_at is not None:
+            tokens, text, finish = tokens[: ends_at + 1], TOKENIZER.decode(tokens[:ends_at]), Finish.STOP
         self.generated += len(tokens)
         logprobs = None
         if params.logprobs is not None:
