@@ -51,8 +51,8 @@ def test_the_reference_itself():
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
 @pytest.mark.parametrize("shares", [[0.6, 0.4], [0.4, 0.25, 0.2, 0.15], [0.3, 0.5, 0.2]])
 def test_majority_vote(n, shares):
-    """Two answers (Condorcet), the right one the likeliest of many, and a sampler whose likeliest answer is wrong, which
-    votes make worse."""
+    """Two answers (Condorcet), the right one the likeliest of many, and a sampler whose likeliest answer is wrong,
+    which votes make worse."""
     expected = majority(n, shares)
     engine = FakeEngine(answering({str(i + 1): p for i, p in enumerate(shares)}), seed=n)
     count, results = right(self_consistency, engine, n=n)
