@@ -1,18 +1,29 @@
-"""Running a trained model: loading it, the paged cache, sampling, batch generation, and text in and out."""
+"""Running a trained model: loading it, the engine on its paged cache, and text in and out."""
 
 from llmcore.inference.cache import PagedKVCache
+from llmcore.inference.engine import Engine
 from llmcore.inference.generate import NewToken, generate, stream
 from llmcore.inference.language_model import Completion, GenerationDefaults, LanguageModel
 from llmcore.inference.load import load, load_model
+from llmcore.inference.params import SamplingParams
 from llmcore.inference.perplexity import Perplexity
+from llmcore.inference.sequence import Delta, Finish, RequestOutput, TokenLogprob
+from llmcore.inference.stats import EngineStats
 
 __all__ = [
     "Completion",
+    "Delta",
+    "Engine",
+    "EngineStats",
+    "Finish",
     "GenerationDefaults",
     "LanguageModel",
     "NewToken",
     "PagedKVCache",
     "Perplexity",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprob",
     "generate",
     "load",
     "load_model",

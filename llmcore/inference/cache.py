@@ -205,7 +205,7 @@ class PagedKVCache:
         `salt` (0 to 2^32 - 1), less the last token, which is to be run for its logits. Gives the tokens found."""
         if sequence in self._held:
             raise ValueError(f"sequence {sequence} is in the cache already")
-        usable = (len(tokens) - 1) // self.block_size * self.block_size
+        usable = max(0, len(tokens) - 1) // self.block_size * self.block_size
         blocks, content = self._allocator.match(list(tokens[:usable]), salt)
         length = len(blocks) * self.block_size
         self._held[sequence] = _Held(salt, blocks, length, len(blocks), content)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import operator
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Sized
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,13 +17,18 @@ from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.params import SamplingParams
 from llmcore.inference.runner import Drawn, Runner
 from llmcore.inference.scheduler import Scheduler, Work
-from llmcore.inference.sequence import Delta, Finish, Request, RequestOutput, Sequence, TextStream, completion
+from llmcore.inference.sequence import Delta, Finish, Request, RequestOutput, Sequence, completion
+from llmcore.inference.stats import EngineStats
+from llmcore.inference.text import TextStream
 from llmcore.models import Transformer
 from llmcore.tokenizers import Tokenizer
 
+if TYPE_CHECKING:
+    from llmcore.inference.language_model import LanguageModel
+
 
 class Engine:
-    """Continues any number of requests together.
+    """Continues any number of requests together. Not thread-safe: one thread adds, steps and aborts.
 
     Args:
         model: in evaluation mode from now on, in its own dtype and on its own device.
@@ -32,6 +40,8 @@ class Engine:
         max_batch_tokens, max_sequences, preemption: see `Scheduler`.
         prefix_caching: what the cache holds of earlier requests is not computed again.
         batch_invariant: see `Runner`.
+        speculator: guesses tokens that the model then checks several at a time.
+        adapters: of requests that name one.
     """
 
     def __init__(
@@ -39,7 +49,7 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer | None = None,
         *,
-        stop_ids: Sized[int] | None = None,
+        stop_ids: Sized[int] | frozenset[int] | None = None,
         cache_tokens: int | None = None,
         cache_dtype: torch.dtype | None = None,
         block_size: int = 16,
@@ -48,6 +58,8 @@ class Engine:
         preemption: Literal["recompute", "swap"] = "recompute",
         prefix_caching: bool = True,
         batch_invariant: bool = False,
+        speculator: Any = None,
+        adapters: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         if stop_ids is None:
@@ -55,23 +67,29 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         if cache_tokens is None:
             cache_tokens = min(16 * model.config.max_positions, 65536)
-        weight = model.lm_head_weight
         self.cache = PagedKVCache(
             model.config,
             PagedKVCache.blocks_for(cache_tokens, block_size),
             block_size=block_size,
-            dtype=cache_dtype or weight.dtype,
-            device=weight.device,
+            dtype=cache_dtype or model.dtype,
+            device=model.device,
         )
         self.scheduler = Scheduler(
             self.cache, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, preemption=preemption,
             prefix_caching=prefix_caching,
         )  # fmt: skip
         self.runner = Runner(model, self.cache, batch_invariant=batch_invariant)
+        self.speculator, self.adapters = speculator, adapters
         self.requests: dict[str, Request] = {}
-        self._ids = itertools.count()
-        self._numbers = itertools.count()
-        self._collecting: dict[str, RequestOutput | None] = {}
+        self._sequence_ids, self._numbers = itertools.count(), itertools.count()
+        self._inboxes: dict[str, deque[Delta]] = {}  # of the requests that `stream` waits for
+        self._untold: list[Delta] = []  # of all others
+        self._generated = self._prefilled = self._drafted = self._accepted = 0
+
+    @classmethod
+    def from_language_model(cls, lm: LanguageModel, **options: Any) -> Engine:
+        """The engine of a model with its tokenizer and stop tokens; options as those of `Engine`."""
+        return cls(lm.model, lm.tokenizer, **{"stop_ids": lm.stop_ids} | options)
 
     # ---- requests
 
@@ -82,25 +100,37 @@ class Engine:
             ValueError: for an empty prompt, a token outside the vocabulary, more than the model or the cache can hold,
                 or an id that is in use.
         """
-        params = params or SamplingParams()
-        request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is in use")
+        request = self._request(prompt, params or SamplingParams(), request_id)
+        self._queue(request)
+        return request.id
+
+    def _request(self, prompt: str | Sized[int], params: SamplingParams, request_id: str | None = None) -> Request:
+        """A request, checked, that is not queued yet."""
         tokens = self._tokens(prompt)
+        while request_id is None or request_id in self.requests:
+            request_id = f"request-{next(self._numbers)}"
         request = Request(request_id, tokens, params, max_tokens=self._max_tokens(tokens, params))
         request.stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else self.stop_ids)
+        request.seed = int(torch.randint(2**62, ())) if params.seed is None else int(params.seed)
+        self._new_sequence(request, 0)
+        return request
+
+    def _queue(self, request: Request) -> None:
         request.arrival = time.monotonic()
-        request.seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        self.requests[request_id] = request
-        self.scheduler.add(self._new_sequence(request, 0))
-        return request_id
+        self.requests[request.id] = request
+        self.scheduler.add(request.sequences[0])
 
     def _tokens(self, prompt: str | Sized[int]) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the prompt is text, but the engine has no tokenizer; accepted: token ids")
-            prompt = self.tokenizer.encode(prompt)
-        tokens = [int(token) for token in prompt]
+            prompt = self.tokenizer.encode(prompt, add_bos=self.tokenizer.adds_bos)
+        try:
+            tokens = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f"the prompt is {prompt!r}; accepted: a text or a sequence of token ids") from None
         if not tokens:
             raise ValueError("the prompt is empty; accepted: at least one token")
         vocab = self.model.config.vocab_size
@@ -109,60 +139,118 @@ class Engine:
         return tokens
 
     def _max_tokens(self, tokens: list[int], params: SamplingParams) -> int:
-        config, capacity = self.model.config, self.cache.num_blocks * self.cache.block_size
+        """The most new tokens; a ValueError for what this engine cannot do."""
+        config, capacity = self.model.config, self.cache_tokens
         limit = capacity if config.position == "none" else min(config.max_positions, capacity)
         most = limit - len(tokens)
         wanted = 1 if params.max_tokens is None else params.max_tokens
         if wanted > most:
             raise ValueError(
-                f"the prompt has {len(tokens)} tokens and max_tokens is {params.max_tokens}; accepted: together at most "
-                f"{limit}, the lesser of max_positions = {config.max_positions} and the cache's {capacity} tokens"
+                f"the prompt has {len(tokens)} tokens and max_tokens is {params.max_tokens}; accepted: together at "
+                f"most {limit}, the lesser of max_positions = {config.max_positions} and the cache's {capacity} tokens"
             )
         if params.n > self.scheduler.max_sequences:
             raise ValueError(f"n is {params.n}; accepted: 1 to max_sequences = {self.scheduler.max_sequences}")
-        if wrong := [t for t in params.logit_bias if t >= config.vocab_size]:
-            raise ValueError(f"logit_bias names token id {wrong[0]}; accepted: 0 to {config.vocab_size - 1}")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if wrong := [t for t in ids if not 0 <= t < config.vocab_size]:
+                raise ValueError(f"{name} holds token id {wrong[0]}; accepted: 0 to {config.vocab_size - 1}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop holds strings, but the engine has no tokenizer; accepted: stop_token_ids")
+        if params.adapter is not None and params.adapter not in (self.adapters or {}):
+            raise ValueError(f"adapter is {params.adapter!r}; accepted: {sorted(self.adapters or {})}, or None")
         return most if params.max_tokens is None else params.max_tokens
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
-        seed = request.seed + index
+        seed, params = request.seed + index, request.params
+        matcher = None
+        if params.constraint is not None:
+            first = request.sequences[0].matcher if request.sequences else None
+            matcher = first.fork() if first else self._matcher(params.constraint)
         sequence = Sequence(
-            id=next(self._ids),
+            id=next(self._sequence_ids),
             request=request,
             index=index,
             tokens=list(request.prompt),
             seed=(seed + 2**63) % 2**64 - 2**63,
-            stream=TextStream(self.tokenizer, request.params.stop),
+            stream=TextStream(self.tokenizer, params.stop),
+            matcher=matcher,
         )
         request.sequences.append(sequence)
         return sequence
 
+    def _matcher(self, constraint: Any) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("constraint is given, but the engine has no tokenizer; accepted: None")
+        return constraint.matcher(self.tokenizer, self.model.config.vocab_size)
+
     def abort(self, request_id: str) -> list[Delta]:
-        """Ends a request that has not finished, and frees what it holds. Unknown ids do nothing: it may just have
-        finished."""
+        """Ends a request that has not finished, and frees what it holds. Gives the last delta of each choice. Unknown
+        ids do nothing: it may just have finished."""
         request = self.requests.get(request_id)
         if request is None:
             return []
-        return [self._end(s, Finish.ABORT) for s in request.sequences if s.finish is None]
+        for index in range(len(request.sequences), request.params.n):  # choices that wait for the prompt
+            self._new_sequence(request, index)
+        deltas = [self._end(s, Finish.ABORT) for s in request.sequences if s.finish is None]
+        self._inboxes.get(request_id, []).extend(deltas)
+        return deltas
+
+    @property
+    def cache_tokens(self) -> int:
+        """Room of the cache."""
+        return self.cache.num_blocks * self.cache.block_size
 
     @property
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    def stats(self) -> EngineStats:
+        scheduler, cache = self.scheduler, self.cache
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            blocks_used=cache.num_blocks - cache.num_free_blocks,
+            blocks_total=cache.num_blocks,
+            prefix_tokens_queried=scheduler.tokens_queried,
+            prefix_tokens_hit=scheduler.tokens_hit,
+            preemptions=scheduler.num_preemptions,
+            tokens_generated=self._generated,
+            tokens_prefilled=self._prefilled,
+            draft_tokens=self._drafted,
+            draft_tokens_accepted=self._accepted,
+        )
+
     # ---- steps
 
     def step(self) -> list[Delta]:
-        """Runs one step. What it added to each choice; empty when prompts go on, or nothing is left to do."""
+        """Runs one step. What it added to each choice; empty when prompts go on, or nothing is left to do. Deltas of
+        requests that `stream` or `generate` added are theirs."""
+        self._step()
+        deltas, self._untold = self._untold, []
+        return deltas
+
+    def _step(self) -> None:
+        if self.speculator is not None:
+            self._guess()
         work = [self._with_siblings(w) for w in self.scheduler.schedule()]
         if not work:
-            return []
-        drawn = self.runner.run(work)
-        deltas: list[Delta] = []
+            return
+        try:
+            drawn = self.runner.run(work)
+        except BaseException:  # what the cache holds of them is unknown
+            for w in work:
+                self.abort(w.sequence.request.id)
+            raise
         for w in work:
-            deltas += self._take(w, drawn)
-        return deltas
+            for delta in self._take(w, drawn):
+                self._inboxes.get(delta.request_id, self._untold).append(delta)
+
+    def _guess(self) -> None:
+        """Lets the speculator guess what follows the texts that are being written."""
+        writing = [s for s in self.scheduler.running if s.remaining == 1]
+        counts = [s.request.max_tokens - s.num_output - 1 for s in writing]  # the model adds one
+        for sequence, drafts, most in zip(writing, self.speculator.propose(writing, counts), counts):
+            sequence.drafts = list(drafts[:most])
 
     def _with_siblings(self, work: Work) -> Work:
         sequence = work.sequence
@@ -173,8 +261,10 @@ class Engine:
 
     def _take(self, work: Work, drawn: dict[Sequence, Drawn]) -> list[Delta]:
         sequence, before = work.sequence, work.sequence.computed
-        if sequence.index == 0 and sequence in drawn:
+        if sequence.wants_prompt_logprobs and sequence in drawn:
             self._take_prompt_logprobs(sequence.request, before, drawn[sequence])
+        if sequence.remaining > 1:
+            self._prefilled += work.count
         sequence.computed += work.count
         if not sequence.drafts:
             self._publish(sequence)
@@ -185,10 +275,8 @@ class Engine:
         return [self._advance(s, drawn[s]) for s in (sequence, *work.siblings)]
 
     def _take_prompt_logprobs(self, request: Request, before: int, drawn: Drawn) -> None:
-        if request.params.prompt_logprobs is None:
-            return
         told = request.prompt_logprobs = request.prompt_logprobs or [None]  # nothing comes before the first token
-        for place, logprob in enumerate(drawn.prompt_logprobs, before + 1):
+        for place, logprob in enumerate(drawn.prompt_logprobs or (), before + 1):
             if place == len(told) < request.prompt_len:  # not again, where a preempted sequence runs anew
                 told.append(logprob)
 
@@ -197,31 +285,37 @@ class Engine:
         request, params = sequence.request, sequence.params
         if drawn.failed:
             return self._end(sequence, Finish.ERROR)
-        request.first_token_time = request.first_token_time or time.monotonic()
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
         finish, count = None, 0
         for token in drawn.tokens:
             sequence.tokens.append(token)
             count += 1
             may_stop = sequence.num_output > params.min_tokens
-            if (
-                (token in request.stop_ids and may_stop)
-                or sequence.stream.add(token, may_stop)
-                or (sequence.matcher is not None and sequence.matcher.accept(token))
-            ):
+            if token in request.stop_ids and may_stop:
                 finish = Finish.STOP
-            elif sequence.num_output == request.max_tokens:
-                finish = Finish.LENGTH
+            else:
+                sequence.text += sequence.stream.feed(token, may_stop)
+                if sequence.stream.stopped or (sequence.matcher is not None and sequence.matcher.accept(token)):
+                    finish = Finish.STOP
+                elif sequence.num_output == request.max_tokens:
+                    finish = Finish.LENGTH
             if finish is not None:
                 break
-        sequence.logprobs += drawn.logprobs[:count]
+        self._generated += count
+        self._drafted += len(sequence.drafts)
+        self._accepted += count - 1 if sequence.drafts else 0
+        tokens = drawn.tokens[:count]
+        if params.logprobs is not None:
+            sequence.logprobs += drawn.logprobs[:count]
         if finish is not None:
-            return self._end(sequence, finish, drawn.tokens[:count])
+            return self._end(sequence, finish, tokens)
         if sequence.drafts:
             sequence.drafts = []
             sequence.computed = len(sequence.tokens) - 1
             self.cache.truncate(sequence.id, sequence.computed)
             self._publish(sequence)
-        return self._delta(sequence, drawn.tokens)
+        return self._delta(sequence, tokens)
 
     def _publish(self, sequence: Sequence) -> None:
         if self.scheduler.prefix_caching:
@@ -229,14 +323,14 @@ class Engine:
 
     def _delta(self, sequence: Sequence, tokens: list[int]) -> Delta:
         request, count = sequence.request, len(tokens)
-        first = sequence.index == 0 and sequence.num_output == count
+        text, sequence.text = sequence.text, ""
         return Delta(
             request.id,
             sequence.index,
-            sequence.stream.take(last=sequence.finish is not None),
+            text,
             tokens,
             sequence.logprobs[-count:] if request.params.logprobs is not None and count else None,
-            request.prompt_logprobs if first else None,
+            request.prompt_logprobs if sequence.index == 0 and sequence.num_output == count else None,
             sequence.finish,
         )
 
@@ -244,17 +338,59 @@ class Engine:
         request = sequence.request
         sequence.finish = finish
         self.scheduler.remove(sequence)
-        delta = self._delta(sequence, list(tokens))
+        sequence.text += sequence.stream.finish()
         request.outputs.append(completion(sequence))
-        if all(s.finish is not None for s in request.sequences) and not sequence.forks_to_come:
+        if all(s.finish is not None for s in request.sequences) and not sequence.request.sequences[0].forks_to_come:
             del self.requests[request.id]
-            self.finished_request(request)
-        return delta
+        return self._delta(sequence, list(tokens))
 
-    def finished_request(self, request: Request) -> None:
-        """Called once for each request when its last choice has ended."""
-        if request.id in self._collecting:
-            self._collecting[request.id] = request.result()
+    # ---- all at once
+
+    def stream(
+        self, prompts: Sized[str | Sized[int]], params: SamplingParams | Sized[SamplingParams] | None = None
+    ) -> Iterator[tuple[int, Delta]]:
+        """Continues every prompt; gives (index of a prompt, what a step added to it). They are queued when the first is
+        asked for. Requests added otherwise go on meanwhile; theirs is told by the next `step`. Closing the iterator
+        aborts what has not finished.
+
+        Args:
+            prompts: texts or token ids.
+            params: for all, or one for each.
+
+        Raises:
+            ValueError: at once, see `add`.
+        """
+        return self._deltas(self._requests(prompts, params))
+
+    def _requests(
+        self, prompts: Sized[str | Sized[int]], params: SamplingParams | Sized[SamplingParams] | None
+    ) -> list[Request]:
+        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"params has {len(each)} entries; accepted: one, or one for each of {len(prompts)} prompts"
+            )
+        return [self._request(prompt, wanted or SamplingParams()) for prompt, wanted in zip(prompts, each)]
+
+    def _deltas(self, requests: list[Request]) -> Iterator[tuple[int, Delta]]:
+        inbox: deque[Delta] = deque()
+        indices, left = {request.id: index for index, request in enumerate(requests)}, 0
+        try:
+            for request in requests:
+                self._inboxes[request.id] = inbox
+                self._queue(request)
+                left += request.params.n
+            while left:
+                if not inbox:
+                    self._step()
+                while inbox:
+                    delta = inbox.popleft()
+                    left -= delta.finish is not None
+                    yield indices[delta.request_id], delta
+        finally:  # Ctrl-C, or nobody wants the rest: nothing of this call goes on
+            for request in requests:
+                self.abort(request.id)
+                self._inboxes.pop(request.id, None)
 
     def generate(
         self,
@@ -263,29 +399,14 @@ class Engine:
         *,
         on_delta: Callable[[Delta], None] | None = None,
     ) -> list[RequestOutput]:
-        """Continues every prompt, and steps until all have ended. Requests added before go on meanwhile.
+        """Continues every prompt, and steps until all have ended: `stream` to its end.
 
         Args:
-            prompts: texts or token ids.
-            params: for all, or one for each.
             on_delta: called with what each step adds.
         """
-        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(
-                f"params has {len(each)} entries; accepted: one, or one for each of {len(prompts)} prompts"
-            )
-        ids: list[str] = []
-        try:
-            for prompt, wanted in zip(prompts, each):
-                ids.append(self.add(prompt, wanted))
-                self._collecting[ids[-1]] = None
-            while any(self._collecting[i] is None for i in ids):
-                for delta in self.step():
-                    if on_delta is not None and delta.request_id in self._collecting:
-                        on_delta(delta)
-            return [self._collecting[i] for i in ids]
-        finally:  # a wrong prompt, Ctrl-C: nothing of this call goes on
-            for i in ids:
-                self.abort(i)
-                self._collecting.pop(i, None)
+        requests = self._requests(prompts, params)
+        with contextlib.closing(self._deltas(requests)) as deltas:
+            for _, delta in deltas:
+                if on_delta is not None:
+                    on_delta(delta)
+        return [request.result() for request in requests]

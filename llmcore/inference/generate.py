@@ -1,26 +1,26 @@
-"""Generation for a batch of prompts: one packed prefill, then one token per sequence and step."""
+"""Tokens in, tokens out: a batch of prompts through an engine of its own."""
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from llmcore.inference.cache import PagedKVCache
-from llmcore.inference.decode_graph import DecodeGraph, can_capture
-from llmcore.inference.decoder import Decoder, can_decode
-from llmcore.inference.sampling import Penalties, check_sampling, draw
+from llmcore.inference.engine import Engine
+from llmcore.inference.params import SamplingParams
+from llmcore.inference.sequence import Delta, Finish
 from llmcore.models import ModelConfig, Transformer
+
+BLOCK_SIZE = 16
 
 
 class NewToken(NamedTuple):
-    """A drawn token: prompt, the index of its prompt; logprob, under the softmax of the logits, penalties included but
-    neither temperature nor filters; last, whether its sequence ends with it."""
+    """A drawn token: prompt, the index of its prompt; logprob, under the softmax of the model's logits, before
+    penalties, temperature and filters; last, whether its sequence ends with it."""
 
     prompt: int
     token: int
@@ -57,16 +57,9 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
     seed: int | Sequence[int] | None = None,
     stop_ids: Collection[int] = (),
-    stop_when: Callable[[int, int], bool] | None = None,
+    **sampling: Any,
 ) -> Iterator[NewToken]:
     """Continues every prompt, and gives each token when it is drawn, those of one step in the order of their prompts.
 
@@ -74,13 +67,12 @@ def stream(
         model: runs in evaluation mode, in its own dtype and on its own device.
         prompts: token ids, at least one per prompt; a (batch, seq) tensor will do.
         max_tokens: the most new tokens per prompt.
-        temperature, top_k, top_p, min_p: see `llmcore.ops.sample`; temperature 0 is greedy.
-        repetition_penalty, presence_penalty, frequency_penalty: see `llmcore.ops.apply_penalties_`.
         seed: one seed per prompt, or one number s that stands for s, s + 1, ...; None draws it. A token's noise is a
             function of its prompt's seed and its place in the sequence, on every device, so what a prompt gets does
             not depend on the prompts beside it.
         stop_ids: a sequence ends with the first of these that it draws.
-        stop_when: asked as stop_when(prompt_index, token) after each token whether its sequence ends with it.
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: see
+            `SamplingParams`.
 
     Raises:
         ValueError: at once, for an empty prompt, a token id outside the vocabulary, a setting out of its range, or a
@@ -88,61 +80,52 @@ def stream(
         TypeError: for a prompt that is no sequence of integers.
         RuntimeError: when a row of the model's logits holds NaN or +inf.
     """
-    check_sampling(temperature, top_k, top_p, min_p)
-    penalties = Penalties(repetition_penalty, presence_penalty, frequency_penalty)
-    if not isinstance(max_tokens, Integral) or max_tokens < 1:
+    if not isinstance(max_tokens, Integral):
         raise ValueError(f"max_tokens is {max_tokens}; accepted: 1 or more")
-    inputs = _token_ids(prompts, max_tokens, model.config)
-    if not inputs:
-        return iter(())
-    seeds = _seeds(seed, len(inputs))
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    return _steps(model, inputs, max_tokens, sampling, penalties, seeds, frozenset(stop_ids), stop_when)
+    inputs = token_ids(prompts, max_tokens, model.config)
+    params = [
+        SamplingParams(max_tokens=max_tokens, seed=s, logprobs=0, **sampling)
+        for s in seeds_of(seed, max(1, len(inputs)))
+    ]
+    return _stream(model, inputs, params, frozenset(stop_ids)) if inputs else iter(())
 
 
-@torch.inference_mode()  # unlike no_grad, ops then skip their autograd layer: 3 us a call
-def _steps(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_tokens: int,
-    sampling: dict,
-    penalties: Penalties,
-    seeds: list[int],
-    stop_ids: frozenset[int],
-    stop_when: Callable[[int, int], bool] | None,
+def _stream(
+    model: Transformer, prompts: list[list[int]], params: list[SamplingParams], stop_ids: frozenset[int]
 ) -> Iterator[NewToken]:
-    num_blocks = [PagedKVCache.blocks_for(len(prompt) + max_tokens) for prompt in prompts]
-    cache = PagedKVCache(model.config, sum(num_blocks), dtype=model.dtype, device=model.device)
-    decoder = Decoder(model, cache) if can_decode(model) else None
-    graphs = _DecodeGraphs(model, cache, max(num_blocks)) if can_capture(model) else None
-    outputs: list[list[int]] = [[] for _ in prompts]
-    running, inputs = list(range(len(prompts))), prompts
     was_training = model.training
-    model.eval()
+    engine = Engine(model, stop_ids=stop_ids, **room_for(prompts, params[0].max_tokens), prefix_caching=False)
     try:
-        while running:
-            if graphs is None or not outputs[running[0]]:  # the prompts
-                logits = _last_logits(model, decoder, cache, running, inputs)
-            else:
-                logits = graphs.logits(running, [tokens[-1] for tokens in inputs])
-            if penalties.on:
-                logits = penalties.apply(logits, [prompts[i] for i in running], [outputs[i] for i in running])
-            positions = [len(prompts[i]) + len(outputs[i]) for i in running]
-            tokens, logprobs = draw(logits, [seeds[i] for i in running], positions, **sampling)
-            for index, token, logprob in zip(list(running), tokens, logprobs):
-                outputs[index].append(token)
-                last = token in stop_ids or len(outputs[index]) == max_tokens
-                last = bool(stop_when is not None and stop_when(index, token)) or last
-                if last:
-                    cache.release(index)
-                    running.remove(index)
-                yield NewToken(index, token, logprob, last)
-            inputs = [outputs[index][-1:] for index in running]
+        for index, delta in engine.stream(prompts, params):
+            check_delta(index, delta)
+            for token, logprob in zip(delta.tokens, delta.logprobs):
+                last = delta.finish is not None and token is delta.tokens[-1]
+                yield NewToken(index, token, logprob.logprob, last)
     finally:
         model.train(was_training)
 
 
-def _token_ids(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> list[list[int]]:
+def room_for(prompts: Sequence[Sequence[int]], max_tokens: int, most: int | None = None) -> dict[str, int]:
+    """Options of an engine that runs all prompts together, or `most` of them."""
+    num_blocks = sorted(PagedKVCache.blocks_for(len(prompt) + max_tokens, BLOCK_SIZE) for prompt in prompts)[::-1]
+    together = min(len(prompts), most or len(prompts))
+    return {
+        "block_size": BLOCK_SIZE,
+        "cache_tokens": (sum(num_blocks[:together]) + together) * BLOCK_SIZE,  # and one to spare for each
+        "max_sequences": together,
+        "max_batch_tokens": max(2048, 2 * together),
+    }
+
+
+def check_delta(index: int, delta: Delta) -> None:
+    if delta.finish is Finish.ERROR:
+        raise RuntimeError(
+            f"the logits of row {index} hold NaN or +inf, or are all -inf; accepted: finite logits, and -inf beside a "
+            "finite one"
+        )
+
+
+def token_ids(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> list[list[int]]:
     """The prompts as lists of integers, checked."""
     ids = []
     for index, prompt in enumerate(prompts):
@@ -165,7 +148,8 @@ def _token_ids(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelC
     return ids
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed for each of `count` prompts."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     seeds = [int(s) for s in seed] if isinstance(seed, Iterable) else list(range(seed, seed + count))
@@ -175,31 +159,3 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         if not -(2**63) <= s < 2**64:
             raise ValueError(f"seed is {s}; accepted: -2**63 to 2**64 - 1")
     return seeds
-
-
-class _DecodeGraphs:
-    """A `DecodeGraph` for each power of two of running sequences, made when it is first needed."""
-
-    def __init__(self, model: Transformer, cache: PagedKVCache, max_blocks: int) -> None:
-        self._graphs: dict[int, DecodeGraph] = {}
-        self._make = functools.partial(DecodeGraph, model, cache, max_blocks=max_blocks)
-        self._pool = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
-
-    def logits(self, sequences: list[int], tokens: list[int]) -> Tensor:
-        batch_size = 1 << (len(sequences) - 1).bit_length()
-        if batch_size not in self._graphs:
-            self._graphs[batch_size] = self._make(batch_size=batch_size, pool=self._pool)
-        return self._graphs[batch_size].logits(sequences, tokens)
-
-
-def _last_logits(
-    model: Transformer, decoder: Decoder | None, cache: PagedKVCache, sequences: list[int], inputs: list[list[int]]
-) -> Tensor:
-    """Runs each sequence's new tokens. Gives the logits after its last one, (sequences, vocab)."""
-    step = cache.extend(sequences, [len(tokens) for tokens in inputs])
-    packed = torch.tensor([token for tokens in inputs for token in tokens], device=cache.device)
-    if decoder is not None and len(packed) <= decoder.MAX_TOKENS:
-        hidden = decoder.hidden(packed, step)
-    else:
-        hidden = model(packed, cache=step).hidden
-    return model.logits(hidden if step.cu_seqlens_q is None else hidden[step.cu_seqlens_q[1:].long() - 1])

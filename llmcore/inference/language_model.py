@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 from llmcore.inference.chat import fit_chat, fit_text
-from llmcore.inference.generate import stream as stream_tokens
+from llmcore.inference.engine import Engine
+from llmcore.inference.generate import check_delta, room_for, seeds_of, token_ids
+from llmcore.inference.params import SamplingParams
 from llmcore.inference.perplexity import Perplexity, perplexity
 from llmcore.inference.save_gguf import save_gguf
-from llmcore.inference.text import TextStream
 from llmcore.models import Transformer, save_pretrained
 from llmcore.tokenizers import Tokenizer
 
+_MAX_SEQUENCES = 64  # run at a time
+_CONTEXT = 16384  # of a model whose context has no end
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -76,6 +81,7 @@ class LanguageModel:
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, frozenset(ends)
         self.defaults = defaults or GenerationDefaults()
         self.source = source
+        self._idle: Engine | None = None  # what the last call ran on
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.source or 'unnamed'}: {self.model.num_parameters():,} parameters)"
@@ -140,10 +146,11 @@ class LanguageModel:
             settings: see `generate`.
         """
         run = _Run(self, prompts, settings)
-        for index, text in run.pieces():
-            if on_text is not None:
-                on_text(index, text)
-        return run.completions()
+        with contextlib.closing(run.pieces()) as pieces:
+            for index, text in pieces:
+                if on_text is not None:
+                    on_text(index, text)
+        return run.completions
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], *, stream: bool | Callable[[str], None] = False, **settings: Any
@@ -185,6 +192,29 @@ class LanguageModel:
             raise ValueError(f"messages are {messages!r}; accepted: a list of mappings with 'role' and 'content'")
         return self.generate(messages, **settings)
 
+    @contextlib.contextmanager
+    def idle_engine(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[Engine]:
+        """An engine that nobody uses, with a cache for these prompts. One with room for a context or two is kept
+        for the next call, so that a chat finds the keys and values of its earlier turns. Its cache has at most twice
+        the room that a call needed, and goes when the weights have changed."""
+        room = room_for(prompts, max_tokens, most=_MAX_SEQUENCES) | {"max_sequences": _MAX_SEQUENCES}
+        small = room["cache_tokens"] <= 2 * (self.context_length or _CONTEXT)
+        if small:
+            room["cache_tokens"] = max(1024, 1 << (room["cache_tokens"] - 1).bit_length())
+        weights = _weights(self.model)
+        idle, self._idle = self._idle, None  # a call meanwhile makes its own
+        engine = None if idle is None or idle[1] != weights or idle[0].cache_tokens < room["cache_tokens"] else idle[0]
+        del idle
+        engine = engine or Engine.from_language_model(self, **room)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield engine
+        finally:
+            self.model.train(was_training)
+            if small:
+                self._idle = engine, weights
+
     def perplexity(self, text: str, window: int | None = None, stride: int | None = None) -> Perplexity:
         """How well the model foretells a text: see `llmcore.inference.perplexity`."""
         ids = self.tokenizer.encode(text, add_bos=self.tokenizer.adds_bos)
@@ -216,6 +246,12 @@ class LanguageModel:
         save_gguf(self.model, self.tokenizer, path, format=format, stop_ids=self.stop_ids)
 
 
+def _weights(model: Transformer) -> list[tuple[int, int]]:
+    """What tells the model's weights from others: where they lie, and how often torch has written to them."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
 def _is_chat(prompt: Any) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
@@ -241,45 +277,31 @@ class _Run:
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens!r}; accepted: 1 or more")
         inputs = [owner.encode(prompt, max_tokens=max_tokens, context=context) for prompt in prompts]
-        self.num_prompt_tokens = [len(ids) for ids in inputs]
-        self.stop_ids = owner.stop_ids | ids
-        self.texts = [TextStream(owner.tokenizer, strings) for _ in inputs]
-        self.pending = ["" for _ in inputs]
-        self.parts: list[list[str]] = [[] for _ in inputs]
-        self.tokens: list[list[int]] = [[] for _ in inputs]
-        self.logprobs: list[list[float]] = [[] for _ in inputs]
-        self.new = stream_tokens(
-            owner.model, inputs, **values, seed=settings.get("seed"), stop_ids=self.stop_ids, stop_when=self._feed
-        )
-
-    def _feed(self, index: int, token: int) -> bool:
-        """Takes a token's text; whether a stop string is complete."""
-        if token in self.stop_ids:
-            return True
-        self.pending[index] += self.texts[index].feed(token)
-        return self.texts[index].stopped
+        self.owner, self.inputs = owner, token_ids(inputs, max_tokens, owner.model.config)
+        # seeds are checked, and so are settings, even where there is no prompt
+        self.params = [
+            SamplingParams(**values, seed=seed, stop=strings, stop_token_ids=ids, logprobs=0)
+            for seed in seeds_of(settings.get("seed"), max(1, len(inputs)))
+        ]
+        self.completions = [Completion("", [], [], "length", len(ids)) for ids in self.inputs]
 
     def pieces(self) -> Iterator[tuple[int, str]]:
-        for new in self.new:
-            self.tokens[new.prompt].append(new.token)
-            self.logprobs[new.prompt].append(new.logprob)
-            text, self.pending[new.prompt] = self.pending[new.prompt], ""
-            if new.last:
-                text += self.texts[new.prompt].finish()
-            if text:
-                self.parts[new.prompt].append(text)
-                yield new.prompt, text
-
-    def completions(self) -> list[Completion]:
-        return [
-            Completion(
-                "".join(parts), tokens, logprobs,
-                "stop" if text.stopped or (tokens and tokens[-1] in self.stop_ids) else "length", count,
-            )
-            for parts, tokens, logprobs, text, count in zip(
-                self.parts, self.tokens, self.logprobs, self.texts, self.num_prompt_tokens
-            )
-        ]  # fmt: skip
+        if not self.inputs:
+            return
+        parts: list[list[str]] = [[] for _ in self.inputs]
+        with self.owner.idle_engine(self.inputs, self.params[0].max_tokens) as engine:
+            for index, delta in engine.stream(self.inputs, self.params):
+                check_delta(index, delta)
+                done = self.completions[index]
+                done.tokens.extend(delta.tokens)
+                done.logprobs.extend(of.logprob for of in delta.logprobs)
+                parts[index].append(delta.text)
+                if delta.finish is not None:
+                    self.completions[index] = done._replace(
+                        text="".join(parts[index]), finish_reason=delta.finish.value
+                    )
+                if delta.text:
+                    yield index, delta.text
 
 
 def _split_stop(stop: Any) -> tuple[list[str], frozenset[int]]:

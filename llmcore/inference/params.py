@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from llmcore.inference.sampling import check_sampling
 
-MAX_CHOICES, MAX_LOGPROBS, MAX_STOP = 128, 20, 16
+MAX_CHOICES, MAX_LOGPROBS, MAX_STOP = 128, 20, 64
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,24 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", frozenset(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         whole = lambda value, low, high: isinstance(value, Integral) and low <= value <= high  # noqa: E731
-        number = lambda value, low, high: isinstance(value, (int, float)) and low <= value <= high  # noqa: E731
+        number = lambda value: isinstance(value, Real) and math.isfinite(value)  # noqa: E731
         for name, good, accepted in (
             ("max_tokens", self.max_tokens is None or whole(self.max_tokens, 1, 2**31), "1 or more, or None"),
             ("min_tokens", whole(self.min_tokens, 0, 2**31), "0 or more"),
-            ("repetition_penalty", number(self.repetition_penalty, 1e-6, 1e6), "above 0"),
-            ("presence_penalty", number(self.presence_penalty, -100, 100), "-100 to 100"),
-            ("frequency_penalty", number(self.frequency_penalty, -100, 100), "-100 to 100"),
+            ("repetition_penalty", number(self.repetition_penalty) and self.repetition_penalty > 0, "above 0"),
+            ("presence_penalty", number(self.presence_penalty), "a number"),
+            ("frequency_penalty", number(self.frequency_penalty), "a number"),
             ("seed", self.seed is None or whole(self.seed, -(2**63), 2**64 - 1), "-2**63 to 2**64 - 1, or None"),
             ("n", whole(self.n, 1, MAX_CHOICES), f"1 to {MAX_CHOICES}"),
             ("stop", len(stop) <= MAX_STOP and all(isinstance(s, str) and s for s in stop),
              f"up to {MAX_STOP} strings, none of them empty"),
-            ("logprobs", self.logprobs is None or whole(self.logprobs, 0, MAX_LOGPROBS), f"0 to {MAX_LOGPROBS}, or None"),
+            ("logprobs", self.logprobs is None or whole(self.logprobs, 0, MAX_LOGPROBS),
+             f"0 to {MAX_LOGPROBS}, or None"),
             ("prompt_logprobs", self.prompt_logprobs is None or whole(self.prompt_logprobs, 0, MAX_LOGPROBS),
              f"0 to {MAX_LOGPROBS}, or None"),
-            ("logit_bias", all(whole(k, 0, 2**31) and isinstance(v, (int, float)) and v < float("inf")
+            ("logit_bias", all(whole(k, 0, 2**31) and isinstance(v, Real) and v < math.inf
                                for k, v in self.logit_bias.items()), "token ids and numbers below infinity"),
         ):  # fmt: skip
             if not good:

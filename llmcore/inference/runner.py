@@ -9,31 +9,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmcore import ops
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
 from llmcore.inference.decoder import Decoder, can_decode
+from llmcore.inference.draw import Row, draw_rows, token_logprobs
 from llmcore.inference.scheduler import Work
 from llmcore.inference.sequence import Sequence, TokenLogprob
 from llmcore.layers import CacheStep
 from llmcore.models import Transformer
 
-
-class Row(NamedTuple):
-    """A row of logits to draw from: it comes after the first `drafts` drafts of `sequence`, as row `at` of a step's."""
-
-    sequence: Sequence
-    drafts: int
-    at: int
+_PROMPT_ROWS = 256  # of logits at a time: with a vocabulary of 128k that many are 128 MiB in float32
 
 
 class Drawn(NamedTuple):
     """What a step gave a sequence: a token after its own, and one after each draft that was right; and
     log-probabilities where they were asked for. `failed`: its logits were no numbers."""
 
-    tokens: list[int] = []
-    logprobs: list[TokenLogprob] = []
-    prompt_logprobs: list[TokenLogprob] = []
+    tokens: list[int]
+    logprobs: list[TokenLogprob | None]
+    prompt_logprobs: list[TokenLogprob] | None = None
     failed: bool = False
 
 
@@ -42,106 +36,129 @@ class Runner:
 
     Args:
         batch_invariant: every token goes through the model as a row of its own, by kernels that treat rows alike
-            whatever is beside them: a request's bits are the same in every batch. On the CPU, for the models that
-            `Decoder` serves. Prompts are slower.
+            whatever is beside them: a request's bits are the same in every batch. Models that `Decoder` serves run up
+            to 32 tokens at a time then, all others one. Prompts are slower.
     """
 
     def __init__(self, model: Transformer, cache: PagedKVCache, *, batch_invariant: bool = False) -> None:
         self.model, self.cache, self.batch_invariant = model, cache, batch_invariant
         self._decoder = Decoder(model, cache) if can_decode(model) else None
-        self._graphs = DecodeGraphs(model, cache) if can_capture(model) else None
-        if batch_invariant and self._decoder is None:
-            raise ValueError("batch_invariant is True; accepted for this model: False (llmcore.inference.Decoder)")
+        self._graphs = DecodeGraphs(model, cache) if can_capture(model) and not batch_invariant else None
+        self._rows_at_once = Decoder.MAX_TOKENS if self._decoder is not None else 1  # where bits must not change
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # unlike no_grad, ops then skip their autograd layer: 3 us a call
     def run(self, work: list[Work]) -> dict[Sequence, Drawn]:
         """Runs a step. What was drawn for each sequence and its siblings, nothing where a prompt goes on."""
-        tokens = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
-        wanted: list[int] = []  # rows of the step whose logits are needed
-        rows: list[Row] = []
-        prompts: dict[Sequence, range] = {}  # rows of logits that tell of the next token of the prompt
-        begin = 0
-        for w in work:
-            last = begin + w.count - 1
-            if w.sequence.params.prompt_logprobs is not None:
-                prompts[w.sequence] = range(len(wanted), len(wanted) + w.count - w.draws)
-                wanted += range(begin, last + (not w.draws))
-            if w.draws:
-                rows += [Row(sequence, 0, len(wanted)) for sequence in (w.sequence, *w.siblings)]
-                rows += [Row(w.sequence, 1 + j, len(wanted) + 1 + j) for j in range(len(w.sequence.drafts))]
-                wanted += range(last, last + 1 + len(w.sequence.drafts))
-            begin += w.tokens
-        logits = self._logits([w.sequence.id for w in work], tokens, wanted)
-        drawn = self._draw(logits, rows) if rows else {}
-        for sequence, places in prompts.items():
-            following = sequence.tokens[sequence.computed + 1 :][: len(places)]
-            if following:
-                told = token_logprobs(logits[places.start : places.stop], following, sequence.params.prompt_logprobs)
-                drawn[sequence] = drawn.get(sequence, Drawn())._replace(prompt_logprobs=told)
+        rows, wanted = _rows(work)
+        told: dict[Sequence, list[TokenLogprob]] = {}
+        if self._graphs is not None and all(w.tokens == 1 and w.draws for w in work):
+            sequences = [w.sequence for w in work]
+            logits = self._graphs.logits([s.id for s in sequences], [s.tokens[-1] for s in sequences])
+        else:
+            hidden = self._hidden(work)
+            told = self._prompt_logprobs(hidden, work)
+            logits = self._logits(hidden, wanted) if wanted else None
+        drawn = _draw(logits, rows) if rows else {}
+        for sequence, logprobs in told.items():
+            drawn[sequence] = drawn.get(sequence, Drawn([], []))._replace(prompt_logprobs=logprobs)
         return drawn
 
-    def _draw(self, logits: Tensor, rows: list[Row]) -> dict[Sequence, Drawn]:
-        at = [row.at for row in rows]
-        if at != list(range(len(logits))):
-            logits = logits[torch.tensor(at, device=logits.device)]
-        result: dict[Sequence, Drawn] = {}
-        of_sequence: dict[Sequence, list[int]] = {}
-        for index, row in enumerate(rows):
-            of_sequence.setdefault(row.sequence, []).append(index)
-        tokens = draw_rows(logits, rows)
-        for sequence, indices in of_sequence.items():
-            taken: list[int] = []
-            for index, draft in zip(indices, [*sequence.drafts, None]):
-                if tokens[index] is None:
-                    result[sequence] = Drawn(failed=True)
-                    break
-                taken.append(tokens[index])
-                if tokens[index] != draft:
-                    break
-            if sequence not in result:
-                logprobs = []
-                if sequence.params.logprobs is not None:
-                    mine = logits[torch.tensor(indices[: len(taken)], device=logits.device)]
-                    logprobs = token_logprobs(mine, taken, sequence.params.logprobs)
-                result[sequence] = Drawn(taken, logprobs)
-        return result
-
-    def _logits(self, ids: list[int], tokens: list[list[int]], rows: list[int]) -> Tensor | None:
-        counts = [len(t) for t in tokens]
-        if self._graphs is not None and all(count == 1 for count in counts):
-            return self._graphs.logits(ids, [t[0] for t in tokens])
-        step = self.cache.extend(ids, counts)
-        packed = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self.cache.device)
+    def _hidden(self, work: list[Work]) -> Tensor:
+        """(tokens of the step, dim)"""
+        parts = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
+        counts = [len(part) for part in parts]
+        step = self.cache.extend([w.sequence.id for w in work], counts)
+        tokens = torch.tensor(list(itertools.chain.from_iterable(parts)), device=self.cache.device)
         if self.batch_invariant:
-            hidden = self._row_by_row(packed, step, counts)
-        elif self._decoder is not None and len(packed) <= self._decoder.MAX_TOKENS:
-            hidden = self._decoder.hidden(packed, step)
-        else:
-            hidden = self.model(packed, cache=step).hidden
-        if not rows:
-            return None
-        if len(rows) < len(packed):
+            return self._row_by_row(tokens, step, counts)
+        if self._decoder is not None and len(tokens) <= self._decoder.MAX_TOKENS:
+            return self._decoder.hidden(tokens, step)
+        return self.model(tokens, cache=step).hidden
+
+    def _row_by_row(self, tokens: Tensor, step: CacheStep, counts: list[int]) -> Tensor:
+        """Each token as a sequence that ends with it."""
+        of_row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(tokens.device)
+        lengths = (step.positions + 1).int()
+        hidden = []
+        for part in torch.arange(len(tokens), device=tokens.device).split(self._rows_at_once):
+            table = step.block_table[of_row[part]]
+            if self._decoder is None:  # as wide as it would be alone
+                table = table[:, : self.cache.blocks_for(int(lengths[part].max()), self.cache.block_size)].contiguous()
+            rows = CacheStep(
+                step.k_caches, step.v_caches, step.slot_mapping[part], table, lengths[part], step.positions[part], None,
+                step.k_scales, step.v_scales,
+            )  # fmt: skip
+            if self._decoder is None:
+                hidden.append(self.model(tokens[part], cache=rows).hidden)
+            else:
+                hidden.append(self._decoder.hidden(tokens[part], rows))
+        return torch.cat(hidden)
+
+    def _logits(self, hidden: Tensor, rows: Sized[int]) -> Tensor:
+        if len(rows) < len(hidden):
             hidden = hidden[torch.tensor(rows, device=hidden.device)]
         if self.batch_invariant:
-            return torch.cat([self.model.logits(part) for part in hidden.split(self._decoder.MAX_TOKENS)])
+            return torch.cat([self.model.logits(part) for part in hidden.split(self._rows_at_once)])
         return self.model.logits(hidden)
 
-    def _row_by_row(self, packed: Tensor, step: CacheStep, counts: list[int]) -> Tensor:
-        """Each token as a sequence that ends with it, in steps of as many as the decoder takes."""
-        of_row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        lengths = (step.positions + 1).int()
-        parts = []
-        for part in torch.arange(len(packed)).split(self._decoder.MAX_TOKENS):
-            rows = CacheStep(
-                step.k_caches, step.v_caches, step.slot_mapping[part], step.block_table[of_row[part]], lengths[part],
-                step.positions[part], None, step.k_scales, step.v_scales,
-            )  # fmt: skip
-            parts.append(self._decoder.hidden(packed[part], rows))
-        return torch.cat(parts)
+    def _prompt_logprobs(self, hidden: Tensor, work: list[Work]) -> dict[Sequence, list[TokenLogprob]]:
+        """What each part of a prompt that was run tells of the prompt's tokens after it."""
+        told: dict[Sequence, list[TokenLogprob]] = {}
+        begin = 0
+        for w in work:
+            sequence = w.sequence
+            if sequence.wants_prompt_logprobs:
+                following = sequence.tokens[sequence.computed + 1 : sequence.request.prompt_len][: w.count]
+                told[sequence] = []
+                for at in range(0, len(following), _PROMPT_ROWS):
+                    tokens = following[at : at + _PROMPT_ROWS]
+                    logits = self._logits(hidden, range(begin + at, begin + at + len(tokens)))
+                    told[sequence] += token_logprobs(logits, tokens, sequence.params.prompt_logprobs)
+            begin += w.tokens
+        return told
+
+
+def _rows(work: list[Work]) -> tuple[list[Row], list[int]]:
+    """The rows of logits to draw from, and the tokens of the step that they come after."""
+    rows: list[Row] = []
+    wanted: list[int] = []
+    begin = 0
+    for w in work:
+        sequence = w.sequence
+        if w.draws:
+            rows.append(Row(sequence, 0, len(wanted)))
+            rows += [Row(sibling, 0, len(wanted)) for sibling in w.siblings]
+            rows += [Row(sequence, 1 + j, len(wanted) + 1 + j) for j in range(len(sequence.drafts))]
+            last = begin + w.count - 1
+            wanted += range(last, last + 1 + len(sequence.drafts))
+        begin += w.tokens
+    return rows, wanted
+
+
+def _draw(logits: Tensor, rows: list[Row]) -> dict[Sequence, Drawn]:
+    """A token for each row, and of each sequence those up to the first draft that was wrong."""
+    if len(rows) != len(logits):  # siblings draw from one row
+        logits = logits[torch.tensor([row.at for row in rows], device=logits.device)]
+    tokens, logprobs = draw_rows(logits, rows)
+    result: dict[Sequence, Drawn] = {}
+    right = False
+    for (sequence, drafts, _), token, logprob in zip(rows, tokens, logprobs):
+        if drafts == 0:
+            drawn = result[sequence] = Drawn([], [], failed=token is None)
+        elif token is None or not right:  # a row that failed may be right when its turn comes
+            right = False
+            continue
+        if token is not None:
+            drawn.tokens.append(token)
+            drawn.logprobs.append(logprob)
+        right = drafts < len(sequence.drafts) and token == sequence.drafts[drafts]
+    return result
 
 
 class DecodeGraphs:
-    """A `DecodeGraph` for each power of two of running sequences, made when it is first needed."""
+    """A `DecodeGraph` for each power of two of running sequences and of their blocks, made when it is first needed."""
+
+    _MIN_BLOCKS = 16
 
     def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
         self._model, self._cache = model, cache
@@ -151,76 +168,8 @@ class DecodeGraphs:
     def logits(self, sequences: list[int], tokens: list[int]) -> Tensor:
         size = 1 << (len(sequences) - 1).bit_length()
         longest = max(self._cache.length(s) for s in sequences) + 1
-        blocks = 1 << (self._cache.blocks_for(longest, self._cache.block_size) - 1).bit_length()
+        blocks = self._cache.blocks_for(longest, self._cache.block_size)
+        blocks = max(self._MIN_BLOCKS, 1 << (blocks - 1).bit_length())
         if (size, blocks) not in self._graphs:
             self._graphs[size, blocks] = DecodeGraph(self._model, self._cache, size, blocks, self._pool)
         return self._graphs[size, blocks].logits(sequences, tokens)
-
-
-def draw_rows(logits: Tensor, rows: Sized[Row]) -> list[int | None]:
-    """A token for each row of logits; None for one that holds NaN or +inf, or nothing that may be drawn."""
-    params = [row.sequence.params for row in rows]
-    logits = _adjusted(logits, rows)
-    settings = {
-        "temperature": [p.temperature for p in params],
-        "top_k": [p.top_k or 0 for p in params],
-        "top_p": [1.0 if p.top_p is None else p.top_p for p in params],
-        "min_p": [p.min_p or 0.0 for p in params],
-        "seeds": [row.sequence.seed for row in rows],
-        "positions": [len(row.sequence.tokens) + row.drafts for row in rows],
-    }
-    bad: list[bool] = [False] * len(rows)
-    if logits.is_cpu:  # there the op raises for the whole batch
-        top = logits.amax(dim=-1)
-        if not bool(torch.isfinite(top).all()):
-            bad = (~torch.isfinite(top)).tolist()
-            logits = logits.clone()
-            logits[torch.tensor(bad)] = 0
-    given = {
-        name: values[0] if len(set(values)) == 1 else torch.tensor(values, device=logits.device)
-        for name, values in settings.items()
-    }
-    tokens, _ = ops.sample(logits, **given)
-    return [None if wrong or token < 0 else token for token, wrong in zip(tokens.tolist(), bad)]
-
-
-def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
-    """The logits with biases, penalties and what may not be drawn yet; a copy where anything changes."""
-    changed = logits
-    for index, (sequence, j, _) in enumerate(rows):
-        params = sequence.params
-        too_early = sequence.num_output + j < params.min_tokens and sequence.request.stop_ids
-        if not (params.logit_bias or params.has_penalties or sequence.matcher or too_early):
-            continue
-        if changed is logits:
-            changed = logits.clone()
-        row = changed[index : index + 1]
-        if params.has_penalties:
-            seen = torch.tensor([sequence.tokens + sequence.drafts[:j]], device=logits.device)
-            ops.apply_penalties_(
-                row, seen, torch.tensor([sequence.request.prompt_len], device=logits.device),
-                repetition=params.repetition_penalty, presence=params.presence_penalty,
-                frequency=params.frequency_penalty,
-            )  # fmt: skip
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            row[0, ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=logits.device)
-        if too_early:
-            row[0, list(sequence.request.stop_ids)] = -torch.inf
-        if sequence.matcher is not None:
-            row[0].masked_fill_(~sequence.matcher.allowed(row.shape[1]).to(logits.device), -torch.inf)
-    return changed
-
-
-def token_logprobs(logits: Tensor, tokens: Sized[int], count: int) -> list[TokenLogprob]:
-    """Of one token per row of logits."""
-    logprobs = logits.float().log_softmax(dim=-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-    ranks = (logprobs > own).sum(dim=1) + 1
-    top = logprobs.topk(min(count, logprobs.shape[1]), dim=-1)
-    return [
-        TokenLogprob(token, logprob, rank, dict(zip(ids, values)))
-        for token, logprob, rank, ids, values in zip(
-            tokens, own[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist()
-        )
-    ]

@@ -11,27 +11,28 @@ from llmcore.inference.sequence import Sequence
 
 
 class Work(NamedTuple):
-    """Run the next `count` tokens of `sequence`, and after them its drafts. `siblings` are choices that begin when its
-    prompt has been run."""
+    """Run the next `count` tokens of `sequence`, and after them its drafts; if they are all it has, a token is drawn.
+    `siblings` are choices that begin when its prompt has been run."""
 
     sequence: Sequence
     count: int
+    draws: bool
     siblings: tuple[Sequence, ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.count + len(self.sequence.drafts)
 
-    @property
-    def draws(self) -> bool:
-        """Whether a token is drawn after it."""
-        return self.count == self.sequence.remaining
-
 
 class Scheduler:
-    """First come, first served. Each step first continues the texts that are being written, then prompts that have been
-    begun, then begins new ones while tokens and cache blocks suffice. When blocks run out, the sequence that came last
-    gives its own back and waits at the head of the queue: nothing it has written is lost.
+    """First come, first served: sequences are ordered by when their request came, choices of one by their index.
+
+    Sequences run in that order and begin in that order, none before the one ahead of it; when blocks run out, the last
+    that runs gives its own back and is the first that waits. So those that run always come before all that wait. The
+    first of all never gives way: it gets at least one token into each step, and since a request is taken in only where
+    the cache holds its longest choice, it ends. Then the next is the first: everything ends, in at most as many steps
+    as there are tokens in all, even where two choices of a request don't fit the cache together: they run one after
+    another.
 
     Args:
         max_batch_tokens: tokens of a step; above max_sequences, so that prompts go on beside the texts.
@@ -58,18 +59,18 @@ class Scheduler:
             raise ValueError(f"preemption is {preemption!r}; accepted: 'recompute', 'swap'")
         self.cache, self.max_batch_tokens, self.max_sequences = cache, max_batch_tokens, max_sequences
         self.preemption, self.prefix_caching = preemption, prefix_caching
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order of their arrival
-        self.num_preemptions = 0
+        self.waiting: deque[Sequence] = deque()  # both in the order of their arrival
+        self.running: list[Sequence] = []
+        self.num_preemptions = self.tokens_queried = self.tokens_hit = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Lets `child` run beside `parent`, whose prompt it shares."""
+        """Lets `child`, the next choice of the request, run beside `parent`, whose prompt it shares."""
         self.cache.fork(parent.id, child.id)
         child.computed = parent.computed
-        self.running.insert(self.running.index(parent) + 1, child)
+        self.running.insert(self.running.index(parent) + child.index - parent.index, child)
 
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence, wherever it is."""
@@ -82,76 +83,87 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step; empty when nothing waits or runs."""
-        self._work: dict[Sequence, Work] = {}
-        self._budget, self._planned = self.max_batch_tokens, 0
-        preempted = False
-        writing = [s for s in self.running if s.remaining == 1]
-        reading = [s for s in self.running if s.remaining > 1]
-        for sequence in writing + reading:
-            if sequence in self.running and self._budget > 0:  # it may have been preempted meanwhile
-                preempted |= self._continue(sequence)
-        if not preempted:
-            while self.waiting and self._budget > 0 and self._begin(self.waiting[0]):
-                pass
-        return list(self._work.values())
+        work: list[Work] = []
+        # One token for each text that is being written; what is left is for prompts and drafts.
+        self._spare = self.max_batch_tokens - sum(s.remaining == 1 for s in self.running)
+        self._planned = 0  # blocks
+        before = self.num_preemptions
+        while len(work) < len(self.running):
+            planned = self._continue(self.running[len(work)])
+            if planned is None:
+                break
+            work.append(planned)
+        work = [w for w in work if w.count]
+        if self.num_preemptions == before and self.waiting and self._spare > 0:
+            work += self._begin_waiting()
+        return work
 
-    def _continue(self, sequence: Sequence) -> bool:
-        """Plans for a running sequence; whether another, or it itself, had to give way."""
-        preempted = False
-        count = min(sequence.remaining, self._budget)
-        spare = self._budget - count if count == sequence.remaining else 0
-        del sequence.drafts[spare:]
-        while (needed := self._needed(sequence, count)) > self._free():
-            preempted = True
+    def _continue(self, sequence: Sequence) -> Work | None:
+        """Plans for a running sequence; those after it give way where blocks are lacking. None: it did itself."""
+        count = 1 if sequence.remaining == 1 else min(sequence.remaining, self._spare)
+        taken = count if sequence.remaining > 1 else 0
+        del sequence.drafts[max(0, self._spare - taken) if count == sequence.remaining else 0 :]
+        while (needed := self._needed(sequence, count)) > self.cache.num_free_blocks - self._planned:
             if sequence.drafts:
                 sequence.drafts.clear()
                 continue
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
-                return True
-        self._plan(Work(sequence, count), needed)
-        return preempted
+                return None
+        self._planned += needed
+        self._spare -= taken + len(sequence.drafts)
+        return Work(sequence, count, count == sequence.remaining)
+
+    def _begin_waiting(self) -> list[Work]:
+        """Begins waiting sequences while there is room for all that each has, and for one more block of each text."""
+        work: list[Work] = []
+        self._choices = sum(1 + s.forks_to_come for s in self.running)
+        self._outstanding = sum(self._needed(s, s.remaining) for s in self.running)  # blocks, with those planned
+        while self.waiting and self._spare > 0:
+            sequence = self.waiting[0]
+            if not self._begin(sequence):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            count = min(sequence.remaining, self._spare)
+            self._spare -= count
+            work.append(Work(sequence, count, count == sequence.remaining))
+        return work
 
     def _begin(self, sequence: Sequence) -> bool:
-        """Plans for the first of the waiting sequences, if there is room for all that it has."""
-        if sum(1 + s.forks_to_come for s in [*self.running, sequence]) > self.max_sequences:
+        """Brings a sequence into the cache, if there is room."""
+        choices = self._choices + 1 + sequence.forks_to_come
+        if choices > self.max_sequences:
             return False
+        headroom = choices if self.running else 0  # one alone needs none: it has the whole cache
+        others = self._outstanding + headroom
         if sequence.saved is not None:
-            if self._needed(sequence, sequence.computed + 1) > self._free():
+            if self._needed(sequence, sequence.computed + sequence.remaining) > self.cache.num_free_blocks - others:
                 return False
             self.cache.swap_in(sequence.id, sequence.saved)
             sequence.saved = None
         else:
-            look = self.prefix_caching and sequence.params.prompt_logprobs is None
-            found = self.cache.find_prefix(sequence.id, sequence.tokens if look else [0], sequence.request.salt)
-            if self._needed(sequence, len(sequence.tokens) - found) > self._free():
+            look = self.prefix_caching and not sequence.wants_prompt_logprobs
+            known = sequence.tokens if look else []
+            found = self.cache.find_prefix(sequence.id, known, sequence.request.salt)
+            if self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others:
                 self.cache.release(sequence.id)
                 return False
             sequence.computed = found
+            self.tokens_queried += len(known)
+            self.tokens_hit += found
             if sequence.num_output == 0:
                 sequence.request.cached_tokens = found
-        self.waiting.popleft()
-        self.running.append(sequence)
-        count = min(sequence.remaining, self._budget)
-        self._plan(Work(sequence, count), self._needed(sequence, count))
+        self._choices = choices
+        self._outstanding += self._needed(sequence, sequence.remaining)
         return True
 
     def _needed(self, sequence: Sequence, count: int) -> int:
-        return self.cache.blocks_needed(sequence.id, count + len(sequence.drafts))
-
-    def _free(self) -> int:
-        return self.cache.num_free_blocks - self._planned
-
-    def _plan(self, work: Work, blocks: int) -> None:
-        self._work[work.sequence] = work
-        self._budget -= work.tokens
-        self._planned += blocks
+        count += len(sequence.drafts)
+        return self.cache.blocks_needed(sequence.id, count) if count else 0
 
     def _preempt(self, sequence: Sequence) -> None:
-        if work := self._work.pop(sequence, None):
-            self._budget += work.tokens
-            self._planned -= self._needed(sequence, work.count)
         self.running.remove(sequence)
         sequence.drafts.clear()
         if self.preemption == "swap" and sequence.computed > 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmcore.inference.params import SamplingParams
-from llmcore.tokenizers import Tokenizer
+from llmcore.inference.text import TextStream
 
 
 class Finish(enum.Enum):
@@ -64,61 +64,6 @@ class RequestOutput:
     cached_tokens: int = 0  # of the prompt, found in the cache
 
 
-class TextStream:
-    """Tokens in, text out as soon as it is certain: whole characters that begin no stop string."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
-        self._begin = self._shown = 0  # the text of ids[begin:shown] has been taken into `_text`
-        self._text, self._given = "", 0
-
-    def add(self, token: int, may_stop: bool = True) -> bool:
-        """Takes a token in; whether the text now holds a stop string, with which it ends."""
-        if self._tokenizer is None:
-            return False
-        self._ids.append(token)
-        # decoded with what came just before: where a token stands decides on its leading space
-        known = self._decode(self._begin, self._shown)
-        text = self._decode(self._begin, len(self._ids))
-        if text.endswith("\ufffd") and len(self._ids) - self._shown < 8:  # the rest of a character is to come
-            return False
-        new = text[len(known) :]
-        self._begin, self._shown = self._shown, len(self._ids)
-        begin = max(0, len(self._text) - max(map(len, self._stop), default=0) + 1)
-        self._text += new
-        if may_stop:
-            ends = [self._text.find(s, max(begin, self._given)) for s in self._stop]
-            if any(end >= 0 for end in ends):
-                self._text = self._text[: min(end for end in ends if end >= 0)]
-                return True
-        return False
-
-    def _decode(self, begin: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True) if begin < end else ""
-
-    def take(self, last: bool = False) -> str:
-        """The text that is certain since the last call; with `last` all of it."""
-        if last and self._tokenizer is not None and self._shown < len(self._ids):
-            self._text += self._decode(self._begin, len(self._ids))[len(self._decode(self._begin, self._shown)) :]
-            self._shown = len(self._ids)
-        end = len(self._text) if last else len(self._text) - self._held_back()
-        text, self._given = self._text[self._given : end], max(self._given, end)
-        return text
-
-    def _held_back(self) -> int:
-        """Characters at the end that may begin a stop string."""
-        longest = min(max(map(len, self._stop), default=1) - 1, len(self._text) - self._given)
-        for count in range(longest, 0, -1):
-            if any(s.startswith(self._text[-count:]) for s in self._stop):
-                return count
-        return 0
-
-    @property
-    def text(self) -> str:
-        return self._text
-
-
 @dataclass(eq=False)
 class Sequence:
     """One choice of a request: tokens, of which the first `prompt_len` are the prompt, and how far it has come."""
@@ -128,10 +73,10 @@ class Sequence:
     index: int
     tokens: list[int]
     seed: int
-    stream: TextStream
+    stream: TextStream  # its tokens as text
+    text: str = ""  # not yet told to the caller
     computed: int = 0  # tokens whose keys and values are in the cache
     drafts: list[int] = field(default_factory=list)  # guesses of the next tokens, to be checked in this step
-    new: list[int] = field(default_factory=list)  # tokens not yet told to the caller
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: Finish | None = None
     saved: Any = None  # its part of the cache, while swapped out
@@ -149,6 +94,13 @@ class Sequence:
     def forks_to_come(self) -> int:
         """Choices that will join when the prompt has been run."""
         return self.params.n - len(self.request.sequences) if self.index == 0 else 0
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be told: then all of it is to be run."""
+        told = self.request.prompt_logprobs
+        asked = self.params.prompt_logprobs is not None and self.index == 0
+        return asked and (told is None or len(told) < self.request.prompt_len)
 
     @property
     def remaining(self) -> int:
@@ -173,6 +125,13 @@ class Request:
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
     outputs: list[Completion] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        # as `llmcore.ops.sample` takes them
+        self.sampling = (float(p.temperature), p.top_k or 0, 1.0 if p.top_p is None else p.top_p, float(p.min_p or 0))
+        # whether its logits are changed before a token is drawn
+        self.adjusts = bool(p.has_penalties or p.logit_bias or p.min_tokens or p.constraint is not None)
 
     @property
     def prompt_len(self) -> int:

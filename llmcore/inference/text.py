@@ -14,28 +14,35 @@ _WINDOW = 16
 class TextStream:
     """The text of one sequence: `feed` each token, show what it gives; `finish` gives what still waits.
 
-    Special tokens are no text. After a stop string `stopped` is True and no text follows; the string is left out.
+    Special tokens are no text; without a tokenizer nothing is. After a stop string `stopped` is True and no text
+    follows; the string is left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         # the last tokens, since a token's text depends on those before it; and how much of their text was given
         self._window: list[int] = []
         self._given = 0
         self._waiting = ""
+        self._parts: list[str] = []
         self.stopped = False
 
-    def feed(self, token: int) -> str:
-        """The text that this token completes."""
-        if self._tokenizer.id_to_token(token) is None:  # a row of the model's table that no token has
-            return ""
+    @property
+    def text(self) -> str:
+        """All that was given."""
+        return "".join(self._parts)
+
+    def feed(self, token: int, may_stop: bool = True) -> str:
+        """The text that this token completes. Without `may_stop` a stop string that it completes is text."""
+        if self._tokenizer is None or self._tokenizer.id_to_token(token) is None:  # a row of the model's table that no
+            return ""  # token has
         self._window.append(token)
         now = self._decode(self._window)
         whole = now.rstrip(_INCOMPLETE)
         new, self._given = whole[self._given :], max(self._given, len(whole))
         if whole == now and len(self._window) > _WINDOW:
             self._shorten()
-        return self._hold_back(new)
+        return self._hold_back(new, may_stop)
 
     def _shorten(self) -> None:
         """Keeps of the window the last tokens that are whole characters."""
@@ -47,26 +54,30 @@ class TextStream:
 
     def finish(self) -> str:
         """The text that waits."""
-        if self.stopped:
+        if self.stopped or not self._window:
             return ""
-        text = self._hold_back(self._decode(self._window)[self._given :]) + self._waiting
+        waits = self._hold_back(self._decode(self._window)[self._given :]) + self._waiting
+        self._parts.append(self._waiting)
         self._window, self._given, self._waiting = [], 0, ""
-        return text
+        return waits
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _hold_back(self, new: str) -> str:
+    def _hold_back(self, new: str, may_stop: bool = True) -> str:
         """Of all text that waits, what can be no part of a stop string."""
         if self.stopped:
             return ""
         text = self._waiting + new
-        if found := [at for at in map(text.find, self._stop) if at >= 0]:
+        found = [at for at in map(text.find, self._stop) if at >= 0] if may_stop else []
+        if found:
             self.stopped, self._waiting = True, ""
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._waiting = text[len(text) - held :]
-        return text[: len(text) - held]
+            text = text[: min(found)]
+        else:
+            held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            text, self._waiting = text[: len(text) - held], text[len(text) - held :]
+        self._parts.append(text)
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,0 +1,117 @@
+"""From the logits of a step to tokens, each row by its own request's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sized
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmcore import ops
+from llmcore.inference.sequence import Sequence, TokenLogprob
+
+
+class Row(NamedTuple):
+    """A row of logits to draw from: it comes after the first `drafts` drafts of `sequence`, as row `at` of a step's."""
+
+    sequence: Sequence
+    drafts: int
+    at: int
+
+
+def draw_rows(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], list[TokenLogprob | None]]:
+    """A token for each row of logits, None for one that holds NaN or +inf or nothing that may be drawn; and its
+    log-probability where it is asked for."""
+    adjusted = _adjusted(logits, rows)
+    tokens, logprobs = _sample(adjusted, rows)
+    told: list[TokenLogprob | None] = [None] * len(rows)
+    asking = [i for i, row in enumerate(rows) if row.sequence.params.logprobs is not None and tokens[i] is not None]
+    if asking:
+        some = len(asking) < len(rows)
+        index = torch.tensor(asking, device=logits.device) if some else None
+        counts = [rows[i].sequence.params.logprobs for i in asking]
+        of = token_logprobs(
+            logits[index] if some else logits,
+            [tokens[i] for i in asking],
+            counts,
+            None if adjusted is not logits else logprobs[index] if some else logprobs,
+        )
+        for i, logprob in zip(asking, of):
+            told[i] = logprob
+    return tokens, told
+
+
+def _sample(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], Tensor]:
+    settings = [row.sequence.request.sampling for row in rows]
+    if all(s == settings[0] for s in settings):
+        temperature, top_k, top_p, min_p = settings[0]
+        greedy = temperature == 0
+    else:
+        temperature, top_k, top_p, min_p = (torch.tensor(values, device=logits.device) for values in zip(*settings))
+        greedy = False
+    seeds = positions = 0
+    if not greedy:
+        seeds = torch.tensor([row.sequence.seed for row in rows], device=logits.device)
+        positions = torch.tensor([len(row.sequence.tokens) + row.drafts for row in rows], device=logits.device)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    try:
+        tokens, logprobs = ops.sample(logits, **given, seeds=seeds, positions=positions)
+    except RuntimeError:  # on the CPU the op raises for all where one row is bad
+        top = logits.amax(dim=-1, keepdim=True)
+        bad = ~torch.isfinite(top)
+        if not bad.any():
+            raise
+        tokens, logprobs = ops.sample(logits.masked_fill(bad, 0), **given, seeds=seeds, positions=positions)
+        tokens = tokens.masked_fill(bad[:, 0], -1)
+    return [token if token >= 0 else None for token in tokens.tolist()], logprobs
+
+
+def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
+    """The logits with biases, penalties and what may not be drawn yet; a copy where anything changes."""
+    changed = logits
+    for index, (sequence, drafts, _) in enumerate(rows):
+        if not sequence.request.adjusts:
+            continue
+        params = sequence.params
+        if changed is logits:
+            changed = logits.clone()
+        row = changed[index]
+        if params.has_penalties:
+            seen = torch.tensor([sequence.tokens + sequence.drafts[:drafts]], device=logits.device)
+            ops.apply_penalties_(
+                row[None], seen, torch.tensor([sequence.request.prompt_len], device=logits.device),
+                repetition=params.repetition_penalty, presence=params.presence_penalty,
+                frequency=params.frequency_penalty,
+            )  # fmt: skip
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=logits.device)
+        if sequence.num_output + drafts < params.min_tokens and sequence.request.stop_ids:
+            row[list(sequence.request.stop_ids)] = -torch.inf
+        if sequence.matcher is not None:
+            row.masked_fill_(~sequence.matcher.allowed().to(logits.device), -torch.inf)
+    return changed
+
+
+def token_logprobs(
+    logits: Tensor, tokens: Sized[int], counts: int | Sized[int], known: Tensor | None = None
+) -> list[TokenLogprob]:
+    """Of one token per row of logits, and of the `counts` likeliest ones.
+
+    Args:
+        known: (rows,) float32, the tokens' log-probabilities, where they are known already.
+    """
+    counts = [counts] * len(tokens) if isinstance(counts, int) else counts
+    own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = (logits > own).sum(dim=1) + 1
+    own = own[:, 0].float()
+    total = logits.float().logsumexp(dim=-1) if known is None else own - known
+    logprobs = (own - total).tolist()
+    most = min(max(counts), logits.shape[1])
+    tops: list[dict[int, float]] = [{} for _ in tokens]
+    if most:
+        top = logits.topk(most, dim=-1)
+        values = (top.values.float() - total[:, None]).tolist()
+        tops = [dict(zip(i[:n], v[:n])) for i, v, n in zip(top.indices.tolist(), values, counts)]
+    return [TokenLogprob(*of) for of in zip(tokens, logprobs, ranks.tolist(), tops)]
