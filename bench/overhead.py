@@ -29,7 +29,6 @@ from bench.model import our_step, text
 from llmcore import ops
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decoder import Decoder
-from llmcore.inference.sampling import draw
 
 MOVES = ("clone", "copy_", "_to_copy", "cat", "stack", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "full")
 TINY = {"dim": 32, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "vocab_size": 64}
@@ -86,7 +85,7 @@ def decoding(
     def step() -> None:
         room = cache.extend(range(batch), [1] * batch)
         hidden = model(tokens, cache=room).hidden if op_by_op else decoder.hidden(tokens, room)
-        draw(model.logits(hidden), [0] * batch, [context] * batch, temperature=0)
+        ops.sample(model.logits(hidden), temperature=0.0)[0].tolist()
         for sequence in range(batch):
             cache.truncate(sequence, context)
 
