@@ -1,4 +1,4 @@
-"""The command line: ``llmcore quickstart | pretrain | generate | chat | perplexity | tokenizer train | info``.
+"""The command line: ``llmcore quickstart | pretrain | generate | chat | solve | perplexity | tokenizer train | info``.
 
 What a user got wrong is one line on stderr and exit code 2, a run that diverged is 1, Ctrl-C is 130; anything else is a
 bug and shows its trace.

@@ -14,6 +14,7 @@ from llmcore.inference.strategies.reward import RewardModel
 from llmcore.inference.strategies.run import (
     DEFAULT_PARAMS,
     drive,
+    drive_all,
     drive_async,
     problem_for,
     run_strategy,
@@ -47,6 +48,7 @@ __all__ = [
     "check_spec",
     "compute_optimal",
     "drive",
+    "drive_all",
     "drive_async",
     "extract_answer",
     "normalize",

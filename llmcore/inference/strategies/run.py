@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmcore.inference.engine import Engine
@@ -33,18 +33,32 @@ def problem_for(engine: Engine, prompt: Prompt) -> Problem:
 
 def drive(engine: Engine, steps: Steps) -> StrategyResult:
     """Runs a strategy to its end. All requests that it has open run together."""
-    request, outputs = _next(steps, None)
-    while isinstance(request, list):
-        outputs = engine.generate([ask.prompt for ask in request], [ask.params for ask in request])
-        request, outputs = _next(steps, outputs)
-    return outputs
+    return drive_all(engine, [steps])[0]
+
+
+def drive_all(engine: Engine, many: Sequence[Steps]) -> list[StrategyResult]:
+    """Runs strategies to their ends, for many problems say. All requests that all of them have open run together, and
+    each goes on when all have been answered."""
+    results: list[Any] = [None] * len(many)
+    sent: dict[int, list[RequestOutput] | None] = dict.fromkeys(range(len(many)))
+    while True:
+        asks: dict[int, list[Ask]] = {}
+        for index, outputs in sent.items():
+            request, results[index] = _next(many[index], outputs)
+            if request is not None:
+                asks[index] = request
+        if not asks:
+            return results
+        together = [ask for request in asks.values() for ask in request]
+        got = iter(engine.generate([ask.prompt for ask in together], [ask.params for ask in together]))
+        sent = {index: [next(got) for _ in request] for index, request in asks.items()}
 
 
 async def drive_async(engine: AsyncEngine, steps: Steps) -> StrategyResult:
     """The same beside other requests. The strategy's own work (a reward model, encoding) is done in a thread of its
     own. When it is cancelled or a request fails, the requests that it has open are aborted."""
     request, outputs = await asyncio.to_thread(_next, steps, None)
-    while isinstance(request, list):
+    while request is not None:
         tasks = [asyncio.ensure_future(engine.generate(ask.prompt, ask.params)) for ask in request]
         try:
             outputs = await asyncio.gather(*tasks)

@@ -11,7 +11,7 @@ from llmcore.inference.sequence import Finish
 from llmcore.inference.strategies import beam_search, drive, problem_for
 from llmcore.models import Transformer, llama, save_pretrained
 
-STOP = 3
+STOP = 6
 
 
 def spread(vocab_size: int) -> Transformer:
@@ -21,7 +21,7 @@ def spread(vocab_size: int) -> Transformer:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(4)
+                parameter.mul_(2)
     return model.eval()
 
 
@@ -38,7 +38,7 @@ def theirs(engine, tmp_path_factory):
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-PROMPTS = [[5, 6, 7], list(range(4, 20)), [9], [11, 3, 12, 13, 14]]
+PROMPTS = [[5, 6, 7], list(range(4, 20)), [9], [11, 3, 12, 13, 14], [17, 4], [8, 8, 9], [22]]
 
 
 @pytest.mark.parametrize("settings", [
