@@ -143,7 +143,10 @@ def _spec(args: argparse.Namespace) -> dict[str, Any]:
     if args.n is not None:
         spec["n"] = args.n
     if args.table is not None:
-        spec["table"] = json.loads(Path(args.table).read_text(encoding="utf-8"))
+        try:
+            spec["table"] = json.loads(Path(args.table).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{args.table} is no JSON: {error}") from None
     for setting in args.set:
         key, equals, value = setting.partition("=")
         if not equals:

@@ -48,20 +48,16 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds, whose braces balance."""
-    begin = text.rfind("\\boxed")
-    while begin >= 0:
-        opening = begin + len("\\boxed")
-        opening += len(text[opening:]) - len(text[opening:].lstrip())
-        depth = 0
-        for place in range(opening, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                break
-        if depth == 0 and text[opening : opening + 1] == "{":
-            return text[opening + 1 : place]
-        begin = text.rfind("\\boxed", 0, begin)
-    return None
+    r"""What the last \boxed{...} holds whose braces balance."""
+    closed_at: dict[int, int] = {}
+    opened: list[int] = []
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closed_at[opened.pop()] = brace.start()
+    whole = [m.end() for m in re.finditer(r"\\boxed\s*(?=\{)", text) if m.end() in closed_at]
+    return text[whole[-1] + 1 : closed_at[whole[-1]]] if whole else None
 
 
 def hashes(text: str) -> str | None:

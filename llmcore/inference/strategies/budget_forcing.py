@@ -38,8 +38,8 @@ def budget_forcing(
         answer: what is put after `end`, before the model writes the answer, which has params.max_tokens.
     """
     thinker = _Thinker(problem, params, end)
-    thoughts, opening, wait_ids = [], problem.encode(begin), problem.encode(wait)
-    closing = problem.encode(end + answer)
+    opening, wait_ids, closing = (problem.encode(s, allow_special=True) for s in (begin, wait, end + answer))
+    thoughts: list[int] = []
     _check_room(problem, params, len(opening) + max_thinking + len(closing))
     curve, spent, ends = [], 0, 0
     while len(thoughts) < max_thinking:
@@ -74,7 +74,7 @@ class _Thinker:
 
     def __init__(self, problem: Problem, params: SamplingParams, end: str) -> None:
         self._problem, self._params, self._end = problem, params, end
-        tokens = problem.encode(end)
+        tokens = problem.encode(end, allow_special=True)
         self._end_id = tokens[0] if len(tokens) == 1 else None
         self._stops = problem.stops(params) | ({self._end_id} if self._end_id is not None else set())
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from llmcore.inference.params import SamplingParams
 from llmcore.inference.strategies.problem import Point, Problem, StrategyResult
 from llmcore.inference.strategies.sampling import Extract, sample
-from llmcore.inference.strategies.spec import Field, Steps, check_spec, optional, strategy, whole
+from llmcore.inference.strategies.spec import Field, Steps, check_spec, optional, shown, strategy, whole
 from llmcore.inference.strategies.voting import by_vote
 
 MAX_OPTIONS = 64
@@ -55,8 +55,8 @@ class Table:
 
     def __post_init__(self) -> None:
         levels = len(self.edges) + 1
-        if list(self.edges) != sorted(self.edges, reverse=True):
-            raise ValueError(f"edges are {self.edges}; accepted: falling numbers")
+        if not all(0 <= edge <= 1 for edge in self.edges) or list(self.edges) != sorted(self.edges, reverse=True):
+            raise ValueError(f"edges are {shown(self.edges)}; accepted: falling numbers of 0 to 1")
         if not 1 <= len(self.options) <= MAX_OPTIONS:
             raise ValueError(f"the table has {len(self.options)} options; accepted: 1 to {MAX_OPTIONS}")
         for option in self.options:
@@ -65,7 +65,7 @@ class Table:
             check_spec(option.spec)
             columns = (option.accuracy, option.tokens, option.questions)
             if any(len(values) != levels or not all(0 <= v < 1e15 for v in values) for values in columns):
-                raise ValueError(f"the option {option.spec} has {columns}; accepted: {levels} numbers each, 0 or more")
+                raise ValueError(f"an option has {shown(columns)}; accepted: {levels} numbers each, 0 or more")
 
     @classmethod
     def measured(cls, specs: Sequence[Mapping[str, Any]], records: Iterable[Record], edges: Sequence[float]) -> Table:
@@ -95,7 +95,7 @@ class Table:
         if isinstance(values, Table):
             return values
         if not isinstance(values, Mapping):
-            raise ValueError(f"the table is {values!r}; accepted: an object with 'edges' and 'options'")
+            raise ValueError(f"the table is {shown(values)}; accepted: an object with 'edges' and 'options'")
         try:
             options = [
                 Option(dict(o["spec"]), *(tuple(o[name]) for name in ("accuracy", "tokens", "questions")))

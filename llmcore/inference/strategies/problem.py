@@ -79,11 +79,11 @@ class Problem:
         """The text of tokens, without special ones; "" where there is no tokenizer."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer is not None else ""
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text that the strategy itself writes, in which control tokens may be spelled out."""
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The tokens of a text; with `allow_special` control tokens may be spelled out in it."""
         if self.tokenizer is None:
             raise ValueError(f"{text!r} is text, but there is no tokenizer; accepted: strategies that write none")
-        return self.tokenizer.encode(text, allow_special=True)
+        return self.tokenizer.encode(text, allow_special=allow_special)
 
     def with_prompt(self, prompt: Prompt) -> Problem:
         return dataclasses.replace(self, **_prompt_and_tokens(Problem.of(prompt, self.tokenizer)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -33,9 +32,7 @@ def whole(low: int, high: int) -> Field:
 
 
 def number(low: float, high: float) -> Field:
-    def good(value: Any) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-
+    good = lambda v: isinstance(v, Real) and not isinstance(v, bool) and low <= v <= high  # noqa: E731
     return Field(good, f"{low} to {high}")
 
 
@@ -54,6 +51,12 @@ def one_of(names: Mapping[str, Any]) -> Field:
 
 
 boolean = Field(lambda v: isinstance(v, bool), "true, false")
+
+
+def shown(value: Any) -> str:
+    """A value as an error tells it, however long it is."""
+    written = repr(value)
+    return written if len(written) <= 100 else written[:97] + "..."
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,14 @@ class Strategy:
             ValueError: for a name that is no setting, a value out of its range, or one that is missing.
         """
         if unknown := [name for name in settings if name not in self.fields]:
-            raise ValueError(f"{unknown[0]!r} is no setting of {self.name}; accepted: {', '.join(sorted(self.fields))}")
+            accepted = ", ".join(sorted(self.fields))
+            raise ValueError(f"{shown(unknown[0])} is no setting of {self.name}; accepted: {accepted}")
         values = {**self.defaults, **settings}
         for name, (good, accepted) in self.fields.items():
             if name not in values:
                 raise ValueError(f"{self.name} needs {name}; accepted: {accepted}")
             if name in settings and not good(values[name]):
-                raise ValueError(f"{name} of {self.name} is {values[name]!r}; accepted: {accepted}")
+                raise ValueError(f"{name} of {self.name} is {shown(values[name])}; accepted: {accepted}")
         if self.together is not None:
             self.together(values)
         return values
@@ -150,10 +154,10 @@ def check_spec(spec: Mapping[str, Any]) -> tuple[Strategy, dict[str, Any]]:
         ValueError: for anything wrong with it.
     """
     if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
-        raise ValueError(f"strategy is {spec!r}; accepted: an object with 'name' and settings")
+        raise ValueError(f"strategy is {shown(spec)}; accepted: an object with 'name' and settings")
     name = spec.get("name")
     if not isinstance(name, str) or name not in STRATEGIES:
-        raise ValueError(f"the strategy's name is {name!r}; accepted: {', '.join(map(repr, STRATEGIES))}")
+        raise ValueError(f"the strategy's name is {shown(name)}; accepted: {', '.join(map(repr, STRATEGIES))}")
     settings = {key: value for key, value in spec.items() if key != "name"}
     STRATEGIES[name].check(settings)
     return STRATEGIES[name], settings

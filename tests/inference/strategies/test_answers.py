@@ -74,6 +74,12 @@ def test_any_text(text):
         assert answer is None or (answer and normalize(answer) is not None)
 
 
+def test_many_open_braces():
+    """In one pass, not one for each."""
+    assert extract_answer("\\boxed{" * 100_000, "boxed") is None
+    assert extract_answer("\\boxed{" * 100_000 + "7}", "boxed") == "7"
+
+
 def test_huge_numbers_are_text():
     assert parse_number("1" * (MAX_DIGITS + 1)) is None
     assert parse_number("1e65") is None

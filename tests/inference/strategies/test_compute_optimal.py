@@ -58,6 +58,8 @@ def test_there_and_back():
     ("change", "message"),
     [
         ({"edges": [0.1, 0.9]}, "accepted: falling numbers"),
+        ({"edges": ["b", "a"]}, "accepted: 'edges' and 'options'"),
+        ({"edges": [2.0]}, "falling numbers of 0 to 1"),
         ({"edges": None}, "accepted: 'edges' and 'options'"),
         ({"options": []}, "the table has 0 options"),
         ({"options": [{"spec": {}}]}, "KeyError"),

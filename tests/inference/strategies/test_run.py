@@ -149,6 +149,7 @@ def test_largest_seed():
         ({"name": "best-of-n", "scorer": "mine"}, "scorer of best-of-n is 'mine'; accepted: 'probability', 'verify'"),
         ({"name": "best-of-n", "weighted": 1}, "weighted of best-of-n is 1; accepted: true, false"),
         ({"name": "beam-search", "length_penalty": float("nan")}, "length_penalty of beam-search is nan"),
+        ({"name": "beam-search", "length_penalty": 10**400}, r"length_penalty of beam-search is 10{96}\.\.\.;"),
         ({"name": "step-search", "n": 6, "width": 4}, "accepted: a multiple of the width"),
         ({"name": "step-search", "step_end": ""}, "step_end of step-search is ''"),
         ({"name": "budget-forcing", "waits": -1}, "waits of budget-forcing is -1; accepted: 0 to 64"),
