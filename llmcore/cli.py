@@ -1,4 +1,5 @@
-"""The command line: ``llmcore quickstart | pretrain | generate | chat | perplexity | serve | tokenizer train | info``.
+"""The command line: ``llmcore quickstart | pretrain | generate | chat | solve | perplexity | serve | tokenizer train |
+info``.
 
 What a user got wrong is one line on stderr and exit code 2, a run that diverged is 1, Ctrl-C is 130; anything else is a
 bug and shows its trace.

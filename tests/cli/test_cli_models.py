@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 import llmcore
 from llmcore import cli
-from llmcore.inference import GenerationDefaults, LanguageModel
+from llmcore.inference import Engine, GenerationDefaults, LanguageModel, SamplingParams
+from llmcore.inference.strategies import run_strategy
 from llmcore.models import Transformer, llama
 from llmcore.tokenizers import train_tokenizer
 
@@ -70,6 +72,39 @@ def test_generate_refuses(folder, capsys):
     assert "the prompt has 1 tokens; accepted: 0" in error_of(capsys, *base, "--max-tokens", 96)
     assert "quantize is 'q9'; accepted: 'q8_0'" in error_of(capsys, *base, "--quantize", "q9")
     assert "no such file or folder; accepted:" in error_of(capsys, "generate", "--model", "nope", "--prompt", "x")
+
+
+def test_solve(folder, capsys, tmp_path):
+    lm = llmcore.load(folder)
+    ask = ["solve", "2 + 2?", "--model", folder, "--max-tokens", 8, "--seed", 3, "--temperature", 1.2, "--min-p", 0.01]
+    result = json.loads(run(capsys, *ask, "--n", 4, "--json").out)
+    params = SamplingParams(max_tokens=8, seed=3, temperature=1.2, min_p=0.01)
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    spec = {"name": "self-consistency", "n": 4}
+    expected = run_strategy(Engine.from_language_model(lm, cache_tokens=512), chat, spec, params)
+    assert result["text"] == expected.text
+    assert [c["text"] for c in result["candidates"]] == [c.text for c in expected.candidates]
+    assert result["usage"]["generated_tokens"] == expected.usage.generated_tokens
+    captured = run(capsys, *ask, "--n", 4)
+    assert captured.out == expected.text.strip() + "\n"
+    assert f"; {expected.usage.generated_tokens} tokens generated in 1 requests" in captured.err
+
+    sets = ["--set", "n=3", "--set", "weighted=true", "--set", "scorer=probability"]
+    result = json.loads(run(capsys, *ask, "--strategy", "best-of-n", *sets, "--json").out)
+    assert (result["strategy"], len(result["candidates"]), result["usage"]["requests"]) == ("best-of-n", 3, 1)
+    option = {"spec": spec, "accuracy": [0.5], "tokens": [9], "questions": [1]}
+    (tmp_path / "table.json").write_text(json.dumps({"edges": [], "options": [option]}))
+    chooser = ["--strategy", "compute-optimal", "--table", tmp_path / "table.json", "--set", "budget=500"]
+    assert json.loads(run(capsys, *ask, *chooser, "--json").out)["details"]["option"] == spec
+
+
+def test_solve_refuses(folder, capsys, tmp_path):
+    ask = ["solve", "x", "--model", folder, "--max-tokens", 8]
+    assert "the strategy's name is 'magic'; accepted: 'beam-search'" in error_of(capsys, *ask, "--strategy", "magic")
+    assert "n of self-consistency is 0; accepted: 1 to 128" in error_of(capsys, *ask, "--n", 0)
+    assert "--set is 'n'; accepted: KEY=VALUE" in error_of(capsys, *ask, "--set", "n")
+    (tmp_path / "a.json").write_text("{")
+    assert "a.json is no JSON" in error_of(capsys, *ask, "--table", tmp_path / "a.json")
 
 
 def chat(monkeypatch, capsys, folder, text, *flags):
