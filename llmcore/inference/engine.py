@@ -19,6 +19,7 @@ from llmcore.inference.params import SamplingParams
 from llmcore.inference.runner import Drawn, Runner
 from llmcore.inference.scheduler import Scheduler, Work
 from llmcore.inference.sequence import Delta, Finish, Request, RequestOutput, Sequence, completion
+from llmcore.inference.speculation import Speculator
 from llmcore.inference.stats import EngineStats
 from llmcore.inference.text import TextStream
 from llmcore.models import Transformer
@@ -41,7 +42,7 @@ class Engine:
         max_batch_tokens, max_sequences, preemption: see `Scheduler`.
         prefix_caching: what the cache holds of earlier requests is not computed again.
         batch_invariant: see `Runner`.
-        speculator: guesses tokens that the model then checks several at a time.
+        speculator: guesses tokens that the model then checks several at a time (`llmcore.inference.speculation`).
         adapters: of requests that name one.
     """
 
@@ -59,7 +60,7 @@ class Engine:
         preemption: Literal["recompute", "swap"] = "recompute",
         prefix_caching: bool = True,
         batch_invariant: bool = False,
-        speculator: Any = None,
+        speculator: Speculator | None = None,
         adapters: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -81,6 +82,9 @@ class Engine:
         )  # fmt: skip
         self.runner = Runner(model, self.cache, batch_invariant=batch_invariant)
         self.speculator, self.adapters = speculator, adapters
+        if speculator is not None:
+            speculator.attach(model)
+            self.runner.observe = speculator.observe if speculator.needs_hidden else None
         self.requests: dict[str, Request] = {}
         self._sequence_ids, self._numbers = itertools.count(), itertools.count()
         self._inboxes: dict[str, deque[Delta]] = {}  # of the requests that `stream` waits for
@@ -257,7 +261,7 @@ class Engine:
 
     def _guess(self) -> None:
         """Lets the speculator guess what follows the texts that are being written."""
-        writing = [s for s in self.scheduler.running if s.remaining == 1]
+        writing = [s for s in self.scheduler.running if s.remaining == 1 and s.num_output > 0]
         counts = [s.request.max_tokens - s.num_output - 1 for s in writing]  # the model adds one
         for sequence, drafts, most in zip(writing, self.speculator.propose(writing, counts), counts):
             sequence.drafts = list(drafts[:most])
@@ -314,7 +318,7 @@ class Engine:
                 break
         self._generated += count
         self._drafted += len(sequence.drafts)
-        self._accepted += count - 1 if sequence.drafts else 0
+        self._accepted += min(count, len(drawn.tokens) - 1)
         tokens = drawn.tokens[:count]
         if params.logprobs is not None:
             sequence.logprobs += drawn.logprobs[:count]
@@ -348,6 +352,8 @@ class Engine:
         request = sequence.request
         sequence.finish = finish
         self.scheduler.remove(sequence)
+        if self.speculator is not None:
+            self.speculator.release(sequence)
         sequence.text += sequence.stream.finish()
         request.outputs.append(completion(sequence))
         if all(s.finish is not None for s in request.sequences) and not sequence.request.sequences[0].forks_to_come:

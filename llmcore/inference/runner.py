@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
 
@@ -45,17 +46,21 @@ class Runner:
         self._decoder = Decoder(model, cache) if can_decode(model) else None
         self._graphs = DecodeGraphs(model, cache) if can_capture(model) and not batch_invariant else None
         self._rows_at_once = Decoder.MAX_TOKENS if self._decoder is not None else 1  # where bits must not change
+        self.observe: Callable[[list[Work], Tensor], None] | None = None  # told the hidden states of each step
 
     @torch.inference_mode()  # unlike no_grad, ops then skip their autograd layer: 3 us a call
     def run(self, work: list[Work]) -> dict[Sequence, Drawn]:
         """Runs a step. What was drawn for each sequence and its siblings, nothing where a prompt goes on."""
         rows, wanted = _rows(work)
         told: dict[Sequence, list[TokenLogprob]] = {}
-        if self._graphs is not None and all(w.tokens == 1 and w.draws for w in work):
+        if self._graphs is not None and self.observe is None and all(w.tokens == 1 and w.draws for w in work):
             sequences = [w.sequence for w in work]
             logits = self._graphs.logits([s.id for s in sequences], [s.tokens[-1] for s in sequences])
         else:
-            hidden = self._hidden(work)
+            parts = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
+            hidden = self._hidden([w.sequence.id for w in work], parts)
+            if self.observe is not None:
+                self.observe(work, hidden)
             told = self._prompt_logprobs(hidden, work)
             logits = self._logits(hidden, wanted) if wanted else None
         drawn = _draw(logits, rows) if rows else {}
@@ -63,11 +68,18 @@ class Runner:
             drawn[sequence] = drawn.get(sequence, Drawn([], []))._replace(prompt_logprobs=logprobs)
         return drawn
 
-    def _hidden(self, work: list[Work]) -> Tensor:
-        """(tokens of the step, dim)"""
-        parts = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
+    def last_logits(self, sequences: list[int], parts: list[list[int]]) -> Tensor:
+        """Extends each sequence in the cache by its tokens. Gives the logits after the last, (sequences, vocab)."""
         counts = [len(part) for part in parts]
-        step = self.cache.extend([w.sequence.id for w in work], counts)
+        if self._graphs is not None and max(counts) == 1:
+            return self._graphs.logits(sequences, [part[0] for part in parts])
+        hidden = self._hidden(sequences, parts)
+        return self._logits(hidden, [end - 1 for end in itertools.accumulate(counts)])
+
+    def _hidden(self, sequences: list[int], parts: list[list[int]]) -> Tensor:
+        """(tokens of the step, dim)"""
+        counts = [len(part) for part in parts]
+        step = self.cache.extend(sequences, counts)
         tokens = torch.tensor(list(itertools.chain.from_iterable(parts)), device=self.cache.device)
         if self.batch_invariant:
             return self._row_by_row(tokens, step, counts)
