@@ -9,10 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from llmcore.inference.adapters import Adapter, Adapters
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.constraints import Matcher
 from llmcore.inference.params import SamplingParams
@@ -43,7 +45,8 @@ class Engine:
         prefix_caching: what the cache holds of earlier requests is not computed again.
         batch_invariant: see `Runner`.
         speculator: guesses tokens that the model then checks several at a time (`llmcore.inference.speculation`).
-        adapters: of requests that name one.
+        adapters: LoRA adapters by the name that requests have for them: folders that PEFT saved, or those loaded
+            (`llmcore.inference.adapters`).
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Engine:
         prefix_caching: bool = True,
         batch_invariant: bool = False,
         speculator: Speculator | None = None,
-        adapters: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, str | Path | Adapter] | None = None,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         if stop_ids is None:
@@ -81,7 +84,8 @@ class Engine:
             prefix_caching=prefix_caching,
         )  # fmt: skip
         self.runner = Runner(model, self.cache, batch_invariant=batch_invariant)
-        self.speculator, self.adapters = speculator, adapters
+        self.speculator = speculator
+        self.adapters = Adapters(model, adapters) if adapters is not None else None
         if speculator is not None:
             speculator.attach(model)
             self.runner.observe = speculator.observe if speculator.needs_hidden else None
@@ -118,6 +122,8 @@ class Engine:
             request_id = f"request-{next(self._numbers)}"
         request = Request(request_id, tokens, params, max_tokens=self._max_tokens(tokens, params))
         request.stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else self.stop_ids)
+        if params.adapter is not None:
+            request.adapter, request.salt = self.adapters[params.adapter], self.adapters.salt(params.adapter)
         request.seed = int(torch.randint(2**62, ())) if params.seed is None else int(params.seed)
         self._new_sequence(request, 0)
         return request
@@ -252,8 +258,9 @@ class Engine:
         try:
             drawn = self.runner.run(work)
         except BaseException:  # what the cache holds of them is unknown
-            for w in work:
-                self.abort(w.sequence.request.id)
+            self._untold += [
+                d for w in work for d in self.abort(w.sequence.request.id) if d.request_id not in self._inboxes
+            ]
             raise
         for w in work:
             for delta in self._take(w, drawn):
@@ -261,7 +268,8 @@ class Engine:
 
     def _guess(self) -> None:
         """Lets the speculator guess what follows the texts that are being written."""
-        writing = [s for s in self.scheduler.running if s.remaining == 1 and s.num_output > 0]
+        # none where choices begin: they share what the cache holds of the first, which must not be a guess
+        writing = [s for s in self.scheduler.running if s.remaining == 1 and not s.forks_to_come]
         counts = [s.request.max_tokens - s.num_output - 1 for s in writing]  # the model adds one
         for sequence, drafts, most in zip(writing, self.speculator.propose(writing, counts), counts):
             sequence.drafts = list(drafts[:most])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmcore.inference.adapters import Adapter, applied
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
 from llmcore.inference.decoder import Decoder, can_decode
@@ -53,12 +54,15 @@ class Runner:
         """Runs a step. What was drawn for each sequence and its siblings, nothing where a prompt goes on."""
         rows, wanted = _rows(work)
         told: dict[Sequence, list[TokenLogprob]] = {}
-        if self._graphs is not None and self.observe is None and all(w.tokens == 1 and w.draws for w in work):
+        adapters = [w.sequence.request.adapter for w in work]
+        adapters = adapters if any(a is not None for a in adapters) else None
+        plain = self.observe is None and adapters is None
+        if self._graphs is not None and plain and all(w.tokens == 1 and w.draws for w in work):
             sequences = [w.sequence for w in work]
             logits = self._graphs.logits([s.id for s in sequences], [s.tokens[-1] for s in sequences])
         else:
             parts = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
-            hidden = self._hidden([w.sequence.id for w in work], parts)
+            hidden = self._hidden([w.sequence.id for w in work], parts, adapters)
             if self.observe is not None:
                 self.observe(work, hidden)
             told = self._prompt_logprobs(hidden, work)
@@ -76,18 +80,31 @@ class Runner:
         hidden = self._hidden(sequences, parts)
         return self._logits(hidden, [end - 1 for end in itertools.accumulate(counts)])
 
-    def _hidden(self, sequences: list[int], parts: list[list[int]]) -> Tensor:
+    def _hidden(
+        self, sequences: list[int], parts: list[list[int]], adapters: list[Adapter | None] | None = None
+    ) -> Tensor:
         """(tokens of the step, dim)"""
         counts = [len(part) for part in parts]
         step = self.cache.extend(sequences, counts)
         tokens = torch.tensor(list(itertools.chain.from_iterable(parts)), device=self.cache.device)
+        of_token = None
+        if adapters is not None:
+            of_token = [adapter for adapter, count in zip(adapters, counts) for _ in range(count)]
         if self.batch_invariant:
-            return self._row_by_row(tokens, step, counts)
+            return self._row_by_row(tokens, step, counts, of_token)
+        return self._model(tokens, step, of_token)
+
+    def _model(self, tokens: Tensor, step: CacheStep, adapters: list[Adapter | None] | None) -> Tensor:
+        if adapters is not None:  # the decoder knows only the model's own weights
+            with applied(self.model, adapters):
+                return self.model(tokens, cache=step).hidden
         if self._decoder is not None and len(tokens) <= self._decoder.MAX_TOKENS:
             return self._decoder.hidden(tokens, step)
         return self.model(tokens, cache=step).hidden
 
-    def _row_by_row(self, tokens: Tensor, step: CacheStep, counts: list[int]) -> Tensor:
+    def _row_by_row(
+        self, tokens: Tensor, step: CacheStep, counts: list[int], adapters: list[Adapter | None] | None
+    ) -> Tensor:
         """Each token as a sequence that ends with it."""
         of_row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(tokens.device)
         lengths = (step.positions + 1).int()
@@ -100,10 +117,8 @@ class Runner:
                 step.k_caches, step.v_caches, step.slot_mapping[part], table, lengths[part], step.positions[part], None,
                 step.k_scales, step.v_scales,
             )  # fmt: skip
-            if self._decoder is None:
-                hidden.append(self.model(tokens[part], cache=rows).hidden)
-            else:
-                hidden.append(self._decoder.hidden(tokens[part], rows))
+            mine = adapters and adapters[int(part[0]) : int(part[-1]) + 1]
+            hidden.append(self._model(tokens[part], rows, mine if mine and any(mine) else None))
         return torch.cat(hidden)
 
     def _logits(self, hidden: Tensor, rows: Sized[int]) -> Tensor:
