@@ -44,6 +44,11 @@ def draw_rows(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], list[
     return tokens, told
 
 
+def draw_tokens(logits: Tensor, rows: Sized[Row]) -> list[int | None]:
+    """The tokens of `draw_rows` alone."""
+    return _sample(_adjusted(logits, rows), rows)[0]
+
+
 def _sample(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], Tensor]:
     settings = [row.sequence.request.sampling for row in rows]
     first, device = settings[0], logits.device

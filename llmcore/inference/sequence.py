@@ -120,6 +120,7 @@ class Request:
     max_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
+    adapter: Any = None  # low-rank weights to run with
     salt: int = 0  # of the cache's prefixes: what was computed with other weights is no prefix
     arrival: float = 0.0
     first_token_time: float | None = None
