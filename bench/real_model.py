@@ -154,31 +154,28 @@ def measure(row: Row, options: argparse.Namespace) -> dict:
     prompts = prompts_for(row, engines["llmcore"])
     engines |= {name: make() for name, make in peers_for(row, options).items()}
     long = row.context > 1024  # its prompt takes seconds: sequences go on from round to round
+    first = {name: _first_run(row, engine, prompts) for name, engine in engines.items()}  # warms up, and is compared
+    agreed = {
+        name: _agreement(row, engines["llmcore"], prompts, first["llmcore"], tokens)
+        for name, tokens in first.items() if name != "llmcore"
+    }  # fmt: skip
 
-    def start(engine) -> None:
-        if row.kind == "decode":
-            engine.start(prompts)
-
-    def timed(engine) -> tuple[float, list]:
+    def timed(engine) -> float:
         if row.kind == "prompt":
-            return engine.prompt(prompts[0])
+            return engine.prompt(prompts[0])[0]
         if not long:
-            start(engine)
-        return engine.advance(row.steps)
+            engine.start(prompts)
+        return engine.advance(row.steps)[0]
 
-    for engine in engines.values():
-        start(engine)
-    first = {name: timed(engine)[1] for name, engine in engines.items()}  # warms up, and is compared
-    agreed = {name: _agreement(row, engines["llmcore"], prompts, first["llmcore"], first[name]) for name in engines}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     names = list(engines)
     for turn in range(options.rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             time.sleep(SETTLE)
-            seconds[name].append(timed(engines[name])[0])
+            seconds[name].append(timed(engines[name]))
     tokens = row.context if row.kind == "prompt" else row.steps * row.sequences
     result = _summary(row, seconds, tokens)
-    result["agreed_tokens"] = {name: count for name, count in agreed.items() if name != "llmcore"}
+    result["agreed_tokens"] = agreed
     result["versions"] = {name: engine.version for name, engine in engines.items()} | {"torch": torch.__version__}
     if "llama.cpp" in engines:
         result["llama.cpp settings"] = engines["llama.cpp"].settings
@@ -188,13 +185,17 @@ def measure(row: Row, options: argparse.Namespace) -> dict:
     return result
 
 
+def _first_run(row: Row, engine, prompts: list[list[int]]) -> list[list[int]]:
+    """The tokens after each prompt."""
+    if row.kind == "prompt":
+        return [engine.prompt(prompts[0])[1]]
+    first = engine.start(prompts)
+    return [[token, *tokens] for token, tokens in zip(first, engine.advance(row.steps)[1])]
+
+
 def _agreement(row: Row, ours: LLMCore, prompts: list[list[int]], one: list, other: list) -> str:
     """How many tokens are the same, of how many, up to each sequence's first difference. Raises AssertionError where
     that is no near-tie by our own logits."""
-    if row.kind == "prompt":
-        one, other = [one], [other]
-    else:  # the token that the prompt gives is not among them
-        prompts = [[*prompt, ours.prompt(prompt)[1][0]] for prompt in prompts]
     same = 0
     for prompt, mine, theirs in zip(prompts, one, other):
         at = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))

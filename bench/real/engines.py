@@ -33,11 +33,11 @@ class LLMCore:
         (new,) = stream(self.lm.model, [tokens], max_tokens=1, temperature=0)
         return time.perf_counter() - begin, [new.token]
 
-    def start(self, prompts: list[list[int]]) -> None:
+    def start(self, prompts: list[list[int]]) -> list[int]:
         room = min(512, MAX_CONTEXT - max(map(len, prompts)))
         self.count = len(prompts)
         self.new = stream(self.lm.model, prompts, max_tokens=room, temperature=0)
-        self._step()
+        return self._step()
 
     def advance(self, steps: int) -> tuple[float, list[list[int]]]:
         begin = time.perf_counter()
@@ -92,33 +92,34 @@ class LlamaCpp:
 
     def prompt(self, tokens: list[int]) -> tuple[float, list[int]]:
         begin = time.perf_counter()
-        self.start([tokens])
-        return time.perf_counter() - begin, [row[0] for row in self.last]
+        first = self.start([tokens])
+        return time.perf_counter() - begin, first
 
-    def start(self, prompts: list[list[int]]) -> None:
+    def start(self, prompts: list[list[int]]) -> list[int]:
         self.c.llama_memory_clear(self.c.llama_get_memory(self.context), False)
         entries = [
             (token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
-        self.last = [[] for _ in prompts]
+        self.last = [-1 for _ in prompts]
         for begin in range(0, len(entries), LLAMA_BATCH):
             part = entries[begin : begin + LLAMA_BATCH]
             self._decode(part)
             for index, (_, _, sequence, wanted) in enumerate(part):
                 if wanted:
-                    self.last[sequence] = [self._likeliest(index)]
+                    self.last[sequence] = self._likeliest(index)
         self.positions = [len(prompt) for prompt in prompts]
+        return list(self.last)
 
     def advance(self, steps: int) -> tuple[float, list[list[int]]]:
         new: list[list[int]] = [[] for _ in self.positions]
         begin = time.perf_counter()
         for _ in range(steps):
-            self._decode([(self.last[s][0], position, s, True) for s, position in enumerate(self.positions)])
+            self._decode([(self.last[s], position, s, True) for s, position in enumerate(self.positions)])
             for sequence, tokens in enumerate(new):
-                self.last[sequence] = [self._likeliest(sequence)]
-                tokens += self.last[sequence]
+                self.last[sequence] = self._likeliest(sequence)
+                tokens.append(self.last[sequence])
                 self.positions[sequence] += 1
         return time.perf_counter() - begin, new
 
@@ -149,27 +150,24 @@ class Transformers:
 
     def prompt(self, tokens: list[int]) -> tuple[float, list[int]]:
         begin = time.perf_counter()
-        self.start([tokens])
-        return time.perf_counter() - begin, self.last[:, 0].tolist()
+        first = self.start([tokens])
+        return time.perf_counter() - begin, first
 
     @torch.inference_mode()
-    def start(self, prompts: list[list[int]]) -> None:
-        self.cache = None
-        self.last = torch.tensor(prompts)
-        self._step()
+    def start(self, prompts: list[list[int]]) -> list[int]:
+        self.cache, self.last = None, torch.tensor(prompts)
+        return self._step()
 
     @torch.inference_mode()
     def advance(self, steps: int) -> tuple[float, list[list[int]]]:
         begin = time.perf_counter()
-        new = []
-        for _ in range(steps):
-            self._step()
-            new.append(self.last[:, 0].tolist())
-        return time.perf_counter() - begin, [list(tokens) for tokens in zip(*new)]
+        rows = [self._step() for _ in range(steps)]
+        return time.perf_counter() - begin, [list(tokens) for tokens in zip(*rows)]
 
-    def _step(self) -> None:
+    def _step(self) -> list[int]:
         out = self.model(self.last, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache, self.last = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        return self.last[:, 0].tolist()
 
 
 class Worker:
@@ -199,8 +197,8 @@ class Worker:
     def prompt(self, tokens: list[int]) -> tuple[float, list[int]]:
         return self._call("prompt", tokens)
 
-    def start(self, prompts: list[list[int]]) -> None:
-        self._call("start", prompts)
+    def start(self, prompts: list[list[int]]) -> list[int]:
+        return self._call("start", prompts)
 
     def advance(self, steps: int) -> tuple[float, list[list[int]]]:
         return self._call("advance", steps)

@@ -33,7 +33,7 @@ class Engine:
     def drop(self, request: int) -> None:
         raise NotImplementedError
 
-    def start(self, prompts: list[list[int]]) -> None:
+    def start(self, prompts: list[list[int]]) -> list[int]:
         for request in self.tokens:
             self.drop(request)
         self.tokens = {self.next_id + i: [] for i in range(len(prompts))}
@@ -42,11 +42,12 @@ class Engine:
             self.add(request, prompt)
         while not all(self.tokens.values()):
             self.step()
+        return [tokens[0] for tokens in self.tokens.values()]
 
     def prompt(self, tokens: list[int]) -> tuple[float, list[int]]:
         begin = time.perf_counter()
-        self.start([tokens])
-        return time.perf_counter() - begin, next(iter(self.tokens.values()))[:1]
+        first = self.start([tokens])
+        return time.perf_counter() - begin, first
 
     def advance(self, steps: int) -> tuple[float, list[list[int]]]:
         before = [len(tokens) for tokens in self.tokens.values()]
