@@ -21,6 +21,7 @@ def llmcore_side(path: str, threads: int) -> tuple[float, float, int]:
     import torch
 
     import llmcore
+    import llmcore.inference  # which `load` would import
 
     torch.set_num_threads(threads)
     imported = time.perf_counter()
