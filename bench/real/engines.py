@@ -203,6 +203,9 @@ class Worker:
     def advance(self, steps: int) -> tuple[float, list[list[int]]]:
         return self._call("advance", steps)
 
+    def serve(self, requests: list[tuple[list[int], int]]) -> tuple[float, list[list[int]]]:
+        return self._call("serve", requests)
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=60)
