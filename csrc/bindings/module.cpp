@@ -1,7 +1,8 @@
-// What is not an op: build information, the choice of instruction set, the decoder.
+// What is not an op: build information, the choice of instruction set, the decoder, GGUF's strings.
 #include <pybind11/pybind11.h>
 
 #include "classes.h"
+#include "gguf.h"
 #include "llmcore/build_config.h"
 #include "llmcore/isa.h"
 #include "loaded_symbol.h"
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
       "Whether the bindings find a function of a library that the process has loaded.");
   llmcore::add_block_allocator(m);
   llmcore::add_decoder(m);
+  llmcore::add_gguf(m);
 #ifdef LLMCORE_EMULATE_CUDA
   m.def(
       "emulator_options",

@@ -76,6 +76,11 @@ LLMCORE_INLINE void write_lines(const uint8_t* q, int64_t r, uint8_t* lines) {
     }
 }
 
+// One block of 4-bit weights: a file's bytes are those of the lines already.
+LLMCORE_INLINE void copy_lines(const uint8_t* from, int64_t r, uint8_t* lines) {
+  for (int g = 0; g < 4; ++g) __builtin_memcpy(lines + g * 64 + r * 4, from + g * 4, 4);
+}
+
 template <class F>
 void pack_panel(const PackQuantizedParams& p, int64_t index) {
   constexpr int64_t kWeights = F::kLayout.block;
@@ -87,12 +92,19 @@ void pack_panel(const PackQuantizedParams& p, int64_t index) {
   const int64_t first = index * kQuantPanel, rows = p.n - first < kQuantPanel ? p.n - first : kQuantPanel;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t b = 0; b < p.k / kWeights; ++b) {
-      FileBlock block;
-      read_block<F>(p.blocks + (first + r) * row_bytes + b * F::kLayout.block_bytes, block);
+      const uint8_t* from = p.blocks + (first + r) * row_bytes + b * F::kLayout.block_bytes;
       const int64_t b32 = b * kWeights / kQuantBlock;
+      uint8_t* scales = panel + (half_scales<F>(panel, b32) - panel);
+      if constexpr (F::kBits == 4 && !F::kNested) {
+        __builtin_memcpy(scales + r * 2, from, 2);
+        if constexpr (F::kHasMin) __builtin_memcpy(scales + 32 + r * 2, from + 2, 2);
+        copy_lines(from + (F::kHasMin ? 4 : 2), r, lines + b32 * F::kBlockBytes);
+        continue;
+      }
+      FileBlock block;
+      read_block<F>(from, block);
       for (int64_t i = 0; i < kWeights / kQuantBlock; ++i)
         write_lines<F>(block.q + i * kQuantBlock, r, lines + (b32 + i) * F::kBlockBytes);
-      uint8_t* scales = panel + (half_scales<F>(panel, b32) - panel);
       __builtin_memcpy(scales + r * 2, block.d, 2);
       if constexpr (F::kHasMin) __builtin_memcpy(scales + 32 + r * 2, block.m, 2);
       if constexpr (F::kNested)
@@ -107,10 +119,12 @@ void pack_panel(const PackQuantizedParams& p, int64_t index) {
 template <class F>
 void pack(const PackQuantizedParams& p, const Parallel& par) {
   const int64_t panels = (p.n + kQuantPanel - 1) / kQuantPanel;
-  prefer_huge_pages(p.packed, panels * quant_panel_bytes(F::kLayout, p.k));  // products read it faster
   parallel_ranges(par, panels, row_grain(p.k * kQuantPanel + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) pack_panel<F>(p, i);
   });
+  // Products read huge pages a little faster. Asked for now, they are made in the background; asked for before, each
+  // first touch would wait for 2 MB of memory in one piece, for milliseconds where memory is fragmented.
+  prefer_huge_pages(p.packed, panels * quant_panel_bytes(F::kLayout, p.k));
 }
 
 // q of weight i (0 ... 31) of a block, of the panel's row r.

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmcore import _C
 from llmcore.checkpoints.store import CheckpointError
 
 MAGIC = b"GGUF"
@@ -190,10 +191,10 @@ class _Reader:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        data, at, end, unpack = self.data, self.at, len(self.data), _U64.unpack_from
-        found = []
+        data, end, unpack = self.data, len(self.data), _U64.unpack_from
+        found, at = _C.read_strings(data, self.at, count)
         try:
-            for _ in range(count):
+            for _ in range(count - len(found)):  # from the first that is wrong
                 (length,) = unpack(data, at)
                 at += 8
                 if length > end - at:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +97,34 @@ def load(
     path = _find(str(source))
     if quantize is not None and dtype is None and path.is_file():
         dtype = torch.float32  # blocks of another format must become numbers first
-    if path.is_file():
-        loaded = _from_gguf(path, dtype, device)
-    elif is_hf_folder(path):
-        loaded = _from_hf(path, dtype, device)
-    else:
-        model, tokenizer = load_model(path, device)
-        loaded = LanguageModel(model if dtype is None else model.to(dtype), tokenizer)
+    with _without_collector():
+        loaded = _load(path, dtype, device)
     loaded.source = str(source)
     if quantize is not None:
         quantize_model(loaded.model, quantize).requires_grad_(False)  # its products have no gradient
     return loaded
+
+
+def _load(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> LanguageModel:
+    if path.is_file():
+        return _from_gguf(path, dtype, device)
+    if is_hf_folder(path):
+        return _from_hf(path, dtype, device)
+    model, tokenizer = load_model(path, device)
+    return LanguageModel(model if dtype is None else model.to(dtype), tokenizer)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A vocabulary's hundred thousand objects make Python look for garbage again and again, among all that there is:
+    half of the time that a small model takes to load."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

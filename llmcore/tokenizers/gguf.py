@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .tokenizer import ROLES, Tokenizer
 
 # the numbers in tokenizer.ggml.token_type
@@ -107,9 +109,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GGUFVocabulary:
     model["added_tokens"] = [
         {
             "id": index, "content": tokens[index], "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": type_ != _USER_DEFINED,
+            "normalized": False, "special": types[index] != _USER_DEFINED,
         }
-        for index, type_ in enumerate(types) if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        for index in np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist()
     ]  # fmt: skip
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", default_bos) and "bos" in ids
     model["post_processor"] = _begins_with(tokens[ids["bos"]], ids["bos"]) if add_bos else None
@@ -189,9 +191,16 @@ def _byte_level(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> tuple[
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": kind.whole_words,
-            "vocab": vocab, "merges": [_pair(merge) for merge in merges],
+            "vocab": vocab, "merges": _pairs(merges),
         },
     }, kind.add_bos  # fmt: skip
+
+
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    if set(map(len, pairs)) == {2} and all(map(all, pairs)):
+        return pairs
+    return [_pair(merge) for merge in merges]  # three times as long: one begins with a space, or is wrong
 
 
 def _pair(merge: str) -> tuple[str, str]:
