@@ -136,7 +136,7 @@ def test_an_added_token_elsewhere_in_the_vocabulary(bpe):
     data["model"]["merges"] = [tuple(merge) for merge in data["model"]["merges"]]
     assert Tokenizer(data).encode(TEXT[0]) == bpe.encode(TEXT[0])
     data["added_tokens"][0]["id"] += 1
-    with pytest.raises(ValueError, match="added token .* has id"):
+    with pytest.raises(ValueError, match=r"added token .* has id"):
         Tokenizer(data)
 
 
