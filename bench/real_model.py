@@ -83,8 +83,9 @@ def rows() -> Iterator[Row]:
 
 
 def prompts_for(row: Row, engine: LLMCore) -> list[list[int]]:
-    """Different parts of the licence's text, repeated as often as it takes."""
-    ids = engine.lm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    """Different parts of the licence's text, from its first section on, repeated as often as it takes."""
+    text = TEXT.read_text(encoding="utf-8")
+    ids = engine.lm.tokenizer.encode(text[text.index("1. Definitions.") :])
     ids *= -(-row.context * row.sequences // len(ids))
     return [ids[i * row.context : (i + 1) * row.context] for i in range(row.sequences)]
 
@@ -264,12 +265,18 @@ def main() -> None:
     results = {}
     for row in rows():
         if any(part in row.name for part in options.only):
-            results[row.name] = measure(row, options) | {"measured": machine()}
+            results[row.name] = measure(row, options) | {"measured": machine() | {"command": _command()}}
             print(table({row.name: results[row.name]}).splitlines()[_index(row)], flush=True)
             print("    " + json.dumps({k: v for k, v in results[row.name].items() if k != "measured"}), flush=True)
             if options.json:
                 merge(options.json, results, [row.name for row in rows()])
     print(table(results))
+
+
+def _command() -> str:
+    """The command line, without where things lie on this machine."""
+    words = [os.path.basename(word) if word.startswith("/") else word for word in sys.argv[1:]]
+    return " ".join(["python", "bench/real_model.py", *(f'"{word}"' if " " in word else word for word in words)])
 
 
 def _index(row: Row) -> int:

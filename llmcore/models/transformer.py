@@ -170,6 +170,14 @@ class HasTable:
         return table.dtype if isinstance(table, QuantizedEmbedding) else table.weight.dtype
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the keys and values that generation does best to keep: `dtype`, but float16 beside quantised weights of a
+        float32 model on the CPU. Rounding to 11 bits changes less than that of the weights and activations does, and a
+        step over a long context is bound by reading them. Latent attention keeps `dtype`."""
+        halves = self.dtype == torch.float32 and self.device.type == "cpu" and self.config.mla is None
+        return torch.float16 if halves and self.is_quantized else self.dtype
+
+    @property
     def device(self) -> torch.device:
         table = self.embed_tokens
         return table.device if isinstance(table, QuantizedEmbedding) else table.weight.device

@@ -56,7 +56,7 @@ class Tokenizer:
         data = _parse_object(content) if isinstance(content, str) else dict(content)
         data["truncation"] = data["padding"] = None
         _refuse_what_aborts(data)
-        if isinstance(content, Mapping) and _is_bpe(data):
+        if _is_made_bpe(data):
             self._plain = _assemble(data)
             added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
             self._vocab = {**data["model"]["vocab"], **added}
@@ -328,8 +328,11 @@ def _build(json_text: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(json_text)
 
 
-def _is_bpe(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("model"), Mapping) and data["model"].get("type") == "BPE"
+def _is_made_bpe(data: Mapping[str, Any]) -> bool:
+    """Whether it is BPE with merges as the library's classes take them: pairs that are tuples, which no JSON holds."""
+    model = data.get("model")
+    merges = model.get("merges") if isinstance(model, Mapping) and model.get("type") == "BPE" else None
+    return isinstance(merges, list) and set(map(type, merges)) == {tuple}
 
 
 def _assemble(data: Mapping[str, Any]) -> tokenizers.Tokenizer:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from llmcore.checkpoints import CheckpointError, model_tensors, save_checkpoint
-from llmcore.inference import load_model
+from llmcore.inference import load, load_model
 from llmcore.models import Transformer, llama, llama_moe
 from llmcore.tokenizers import train_tokenizer
 
@@ -83,3 +85,18 @@ def test_refuses_a_folder_without_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-000003: no tokenizer/tokenizer\.json beside it"):
         load_model(path)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_it_was(tmp_path, enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(CheckpointError):
+            load(tmp_path)
+        (tmp_path / "model.gguf").write_bytes(b"GGUF")
+        with pytest.raises(CheckpointError, match="has 4 bytes"):
+            load(tmp_path / "model.gguf")
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

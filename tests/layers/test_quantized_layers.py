@@ -69,6 +69,7 @@ def test_quantized_model(format, tied):
     parameters, active = model.num_parameters(), model.num_parameters(active=True)
     bytes_before = sum(t.nbytes for t in model.state_dict().values())
     assert not model.is_quantized
+    assert model.cache_dtype == torch.float32
     assert quantize_model(model, format) is model
     assert model.is_quantized
     assert (model.num_parameters(), model.num_parameters(active=True)) == (parameters, active)
@@ -83,6 +84,8 @@ def test_quantized_model(format, tied):
     assert (logits - exact).norm() < limit * exact.norm()
     assert model.dtype == torch.float32
     assert model.device == torch.device("cpu")
+    assert model.cache_dtype == torch.float16
+    assert model.to(torch.bfloat16).cache_dtype == torch.bfloat16
     with pytest.raises(TypeError, match="the output matrix is quantised"):
         _ = model.lm_head_weight
 

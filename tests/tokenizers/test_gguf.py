@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 
 import numpy as np
@@ -14,7 +15,7 @@ from llmcore.checkpoints.gguf import GGUFFile
 from llmcore.inference.save_gguf import save_gguf
 from llmcore.models import Transformer, llama
 from llmcore.tokenizers import Tokenizer, train_tokenizer
-from llmcore.tokenizers.gguf import PRE_TOKENIZERS, tokenizer_from_gguf
+from llmcore.tokenizers.gguf import PRE_TOKENIZERS, _pairs, tokenizer_from_gguf
 from llmcore.tokenizers.gguf_export import tokenizer_to_gguf
 
 TEXT = [
@@ -109,6 +110,42 @@ def test_sentencepiece_there_and_back(spm):
         assert two.encode(text) == ids
         assert one.decode(ids) == text
     assert one.encode("ab 🤗", add_bos=True)[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm"])
+def test_made_of_parts_it_is_what_its_json_gives(kind, request):
+    """The library takes vocabulary and merges without JSON, and two tokenizers share one model."""
+    made = request.getfixturevalue(kind)
+    one = tokenizer_from_gguf(to_arrays(tokenizer_to_gguf(made)) if kind == "bpe" else made).tokenizer
+    two = Tokenizer(one.to_json(), **one._roles())
+    assert json.loads(one.to_json()) == json.loads(two.to_json())
+    assert (one.fingerprint, one.vocab_size, one.special_tokens) == (
+        two.fingerprint,
+        two.vocab_size,
+        two.special_tokens,
+    )
+    texts = [*strings(5), "a <|endoftext|> b <s> <unk>", "x" * 5000]
+    for special in (True, False, True):  # neither is changed by the other
+        ids = [one.encode(text, allow_special=special) for text in texts]
+        assert ids == one.encode_batch(texts, allow_special=special) == two.encode_batch(texts, allow_special=special)
+    assert pickle.loads(pickle.dumps(one)).encode(texts[0]) == one.encode(texts[0])
+
+
+def test_an_added_token_elsewhere_in_the_vocabulary(bpe):
+    data = json.loads(bpe.to_json())
+    data["model"]["merges"] = [tuple(merge) for merge in data["model"]["merges"]]
+    assert Tokenizer(data).encode(TEXT[0]) == bpe.encode(TEXT[0])
+    data["added_tokens"][0]["id"] += 1
+    with pytest.raises(ValueError, match=r"added token .* has id"):
+        Tokenizer(data)
+
+
+def test_merges_of_pieces_that_begin_with_a_space():
+    assert _pairs(["a b", "c d"]) == [("a", "b"), ("c", "d")]
+    assert _pairs(["a b", "  b", " a b"]) == [("a", "b"), (" ", "b"), (" a", "b")]
+    for wrong in ("ab", "a ", " a"):
+        with pytest.raises(ValueError, match="two pieces with a space between"):
+            _pairs(["a b", wrong])
 
 
 @pytest.mark.parametrize("prefix", [True, False])
