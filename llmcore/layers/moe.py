@@ -124,6 +124,11 @@ class MoE(nn.Module):
             self.expert_bias = bias.to(self.expert_bias.device)
         return self
 
+    def set_quantized(self, name: str, weight: QuantizedExperts) -> None:
+        """Puts quantised experts in the place of the parameter `name`, "gate_up" or "down"."""
+        delattr(self, name)  # torch lets no module take a parameter's name
+        setattr(self, name, weight)
+
     def forward(self, x: Tensor) -> MoEOutput:
         """x: (..., dim); leading dimensions are tokens.
 

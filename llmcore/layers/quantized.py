@@ -152,7 +152,7 @@ def _quantize_experts(layer: MoE, format: str) -> None:
         weight = getattr(layer, name)
         if isinstance(weight, nn.Parameter) and (chosen := _format_for(format, weight.shape[-1])) is not None:
             blocks = torch.stack([quantize(expert, chosen) for expert in weight])
-            setattr(layer, name, QuantizedExperts([(chosen, blocks)]))
+            layer.set_quantized(name, QuantizedExperts([(chosen, blocks)]))
 
 
 def _format_for(format: str, k: int) -> str | None:

@@ -450,7 +450,7 @@ def _place_blocks(model: Transformer, ours: str, parts: Sequence[GGUFTensor], de
     layer = getattr(owner, name) if path else None
     blocks = [(part.format, part.data) for part in parts]
     if isinstance(layer, MoE) and leaf in ("gate_up", "down"):
-        setattr(layer, leaf, QuantizedExperts(blocks).to(device))
+        layer.set_quantized(leaf, QuantizedExperts(blocks).to(device))
     elif name == "embed_tokens":
         setattr(owner, name, QuantizedEmbedding(*blocks[0]).to(device))
     elif leaf == "weight" and (isinstance(layer, Linear) or name == "lm_head") and name != "kv_b":  # which is absorbed

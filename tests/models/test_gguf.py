@@ -212,7 +212,7 @@ def tiny(family="llama, tied", **changes):
         "llama, tied": llama("tiny", vocab_size=300),
         "llama, untied": llama("tiny", vocab_size=300, tied_embeddings=False, num_kv_heads=2),
         "gpt2": gpt2("tiny", vocab_size=300),
-        "mixtral": llama("tiny", vocab_size=300, moe=MoEConfig(4, 2, 96, balancing="none")),
+        "mixtral": llama("tiny", vocab_size=300, moe=MoEConfig(4, 2, 128)),
     }[family]
     torch.manual_seed(3)
     model = Transformer(dataclasses.replace(config, **changes)).eval()
