@@ -16,17 +16,21 @@ namespace {
 
 const QuantLayout& layout_of(QuantFormat format) { return kQuantLayouts[static_cast<int>(format)]; }
 
-// Of a packed matrix (n, k), dense.
+// Of a packed matrix (n, k), or of one for each expert, dense.
 Tensor checked_weight(const Tensor& packed, const Tensor& like, QuantFormat format, int64_t n, int64_t k,
-                      const std::string& op) {
+                      const std::string& op, std::optional<int64_t> num_experts = std::nullopt) {
   const QuantLayout& f = layout_of(format);
   check_device(packed, like, (op + ": packed").c_str());
   LLMCORE_CHECK(n >= 0 && k >= 0, op, ": a matrix (", n, ", ", k, "); accepted: sizes from 0 on");
   LLMCORE_CHECK(k % f.block == 0, op, ": rows have ", k, " weights; accepted of ", f.name, ": multiples of ", f.block);
   const int64_t bytes = (n + kQuantPanel - 1) / kQuantPanel * quant_panel_bytes(f, k);
-  LLMCORE_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes, op,
-                ": packed has shape ", shape_text(packed), " and dtype ", dtype_name(packed.scalar_type()),
-                "; expected (", bytes, ",) uint8, ", f.name, " of (", n, ", ", k, ")");
+  const bool fits = num_experts ? packed.dim() == 2 && packed.size(0) == *num_experts && packed.size(1) == bytes
+                                : packed.dim() == 1 && packed.size(0) == bytes;
+  std::ostringstream expected;
+  num_experts ? expected << *num_experts << ", " << bytes : expected << bytes << ",";
+  LLMCORE_CHECK(packed.scalar_type() == ScalarType::Byte && fits, op, ": packed has shape ", shape_text(packed),
+                " and dtype ", dtype_name(packed.scalar_type()), "; expected (", expected.str(), ") uint8, ", f.name,
+                " of (", n, ", ", k, ")");
   return dense(packed);
 }
 
@@ -82,6 +86,47 @@ void quantized_linear_(Tensor y, const Tensor& x, const Tensor& packed, const st
   multiply(x, packed, format, bias, y, y.size(-1), *stride, "quantized_linear_");
 }
 
+// On a CUDA device nobody looks at the tokens: they are the caller's word.
+Tensor checked_tokens(const Tensor& token_of, const Tensor& x) {
+  const std::string name = "quantized_grouped_linear: token_of";
+  check_device(token_of, x, name.c_str());
+  check_dtype(token_of, ScalarType::Int, name.c_str());
+  check_dim(token_of, 1, name.c_str(), "(rows,)");
+  const Tensor tokens = dense(token_of);
+  const int32_t* values = static_cast<const int32_t*>(tokens.const_data_ptr());
+  for (int64_t r = 0; x.is_cpu() && r < tokens.numel(); ++r)
+    LLMCORE_CHECK(values[r] >= 0 && values[r] < x.size(0), name, "[", r, "] is ", values[r],
+                  "; accepted: 0 to tokens - 1 = ", x.size(0) - 1);
+  return tokens;
+}
+
+Tensor quantized_grouped_linear(const Tensor& x, const Tensor& packed, const std::string& format, int64_t out_features,
+                                const Tensor& offsets, const OptTensor& token_of, const OptTensor& bias) {
+  const std::string op = "quantized_grouped_linear";
+  const DType dtype = float_dtype(x, (op + ": x").c_str());
+  check_dim(x, 2, (op + ": x").c_str(), token_of ? "(tokens, k)" : "(rows, k)");
+  check_dim(offsets, 1, (op + ": offsets").c_str(), "(num_experts + 1,)");
+  const int64_t num_experts = offsets.size(0) - 1, n = out_features, k = x.size(1);
+  LLMCORE_CHECK(num_experts >= 1, op, ": offsets has shape ", shape_text(offsets), "; there must be an expert");
+  const QuantFormat f = quant_format(format, op.c_str());
+  const Tensor weight = checked_weight(packed, x, f, n, k, op, num_experts);
+  if (bias) check_like(*bias, x, {num_experts, n}, (op + ": bias").c_str(), "x");
+  const OptTensor b = bias ? OptTensor(dense(*bias)) : std::nullopt;
+  const OptTensor tokens = token_of ? OptTensor(checked_tokens(*token_of, x)) : std::nullopt;
+  const int64_t rows = tokens ? tokens->numel() : x.size(0);
+  const Tensor bounds = checked_offsets(offsets, x, rows, (op + ": offsets").c_str(), tokens ? "token_of" : "x");
+  const Rows x_rows = as_rows(x);
+  Tensor y = empty(x, {rows, n});
+  const QuantizedGroupedLinearParams p{{dtype, f, rows, n, k, x_rows.tensor.const_data_ptr(), x_rows.stride,
+                                        static_cast<const uint8_t*>(weight.const_data_ptr()),
+                                        b ? b->const_data_ptr() : nullptr, y.mutable_data_ptr(), n},
+                                       num_experts,
+                                       static_cast<const int32_t*>(bounds.const_data_ptr()),
+                                       tokens ? static_cast<const int32_t*>(tokens->const_data_ptr()) : nullptr};
+  LLMCORE_RUN(quantized_grouped_linear, x, p);
+  return y;
+}
+
 Tensor pack_quantized(const Tensor& blocks, const std::string& format) {
   const QuantFormat f = quant_format(format, "pack_quantized");
   const QuantLayout& layout = layout_of(f);
@@ -126,6 +171,7 @@ template <class Library>
 void register_kernels(Library& m) {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("quantized_linear_", TORCH_BOX(&quantized_linear_));
+  m.impl("quantized_grouped_linear", TORCH_BOX(&quantized_grouped_linear));
   m.impl("quantized_embedding", TORCH_BOX(&quantized_embedding));
 }
 

@@ -46,6 +46,9 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
   m.def("quantized_linear(Tensor x, Tensor packed, str format, int out_features, Tensor? bias) -> Tensor y");
   m.def("quantized_linear_(Tensor(a!) y, Tensor x, Tensor packed, str format, Tensor? bias) -> ()");
+  m.def(
+      "quantized_grouped_linear(Tensor x, Tensor packed, str format, int out_features, Tensor offsets, "
+      "Tensor? token_of, Tensor? bias) -> Tensor y");
   m.def("pack_quantized(Tensor blocks, str format) -> Tensor packed");
   m.def(
       "quantized_embedding(Tensor ids, Tensor packed, str format, int num_embeddings, int dim, ScalarType dtype) -> "

@@ -1,6 +1,7 @@
 #include "llmcore/grouped_gemm.h"
 
 #include "activations.h"
+#include "expert_tasks.h"
 #include "few_rows.h"
 #include "gemm_workers.h"
 
@@ -23,22 +24,6 @@ int64_t column_block(int64_t row_blocks, int64_t columns, int threads) {
   int64_t block = kMaxColumnBlock;
   while (block > kBlockN && row_blocks * blocks(columns, block) < 3 * threads) block /= 2;
   return block;
-}
-
-// Numbers the tasks of all experts: first[e] .. first[e + 1] are those of expert e.
-template <class CountFn>
-int64_t number_tasks(int64_t num_experts, int64_t* first, const CountFn& count) {
-  first[0] = 0;
-  for (int64_t e = 0; e < num_experts; ++e) first[e + 1] = first[e] + count(e);
-  return first[num_experts];
-}
-int64_t expert_of(const int64_t* first, int64_t num_experts, int64_t task) {  // the last e with first[e] <= task
-  int64_t low = 0, high = num_experts;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (first[middle] <= task ? low : high) = middle;
-  }
-  return low;
 }
 
 // Rows token_of[r] of x, gathered; x itself without token_of.

@@ -10,6 +10,7 @@
 #include "llmcore/quantized_linear.h"
 
 #include "dot_int8.h"
+#include "expert_tasks.h"
 #include "quantized_panel.h"
 #include "scratch.h"
 
@@ -29,10 +30,11 @@ struct Int {
   static constexpr int value = N;
 };
 
-constexpr int64_t kSerialBytes = 32768;     // of W that one thread multiplies before a second would have started
-constexpr int64_t kTasksPerThread = 2;      // long stretches of memory for each thread, and yet some to even out
-constexpr int64_t kChunkBytes = 384 << 10;  // of rounded x that stays in L2 while panels of W pass
-constexpr int64_t kAhead = 8192;            // bytes of W between what is prefetched, into L1, and what is multiplied
+constexpr int64_t kSerialBytes = 32768;       // of W that one thread multiplies before a second would have started
+constexpr int64_t kTasksPerThread = 2;        // long stretches of memory for each thread, and yet some to even out
+constexpr int64_t kExpertTasksPerThread = 4;  // of all experts: more, as their shares are uneven
+constexpr int64_t kChunkBytes = 384 << 10;    // of rounded x that stays in L2 while panels of W pass
+constexpr int64_t kAhead = 8192;              // bytes of W between what is prefetched, into L1, and what is multiplied
 
 // 32 elements of a row of x, rounded.
 struct XBlock {
@@ -170,30 +172,92 @@ void panel_product(const QuantizedLinearParams& p, const XBlock* x, int64_t begi
   }
 }
 
+// The rows of x, or its rows token_of[r], rounded.
+template <class F, class T>
+void round_rows(const QuantizedLinearParams& p, const int32_t* token_of, XBlock* x, const Parallel& par) {
+  constexpr int kOffset = F::kBits == 8 && kDotSubtracts ? 0 : F::kOffset;
+  parallel_ranges(par, p.rows, row_grain(p.k + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      round_row(static_cast<const T*>(p.x) + (token_of ? token_of[r] : r) * p.x_stride, p.k, kOffset, F::kHalves,
+                x + r * (p.k / kQuantBlock));
+  });
+}
+
+int64_t panels_of(const QuantizedLinearParams& p) { return (p.n + kQuantPanel - 1) / kQuantPanel; }
+
+// Tasks of a product: stretches of W times chunks of x.
+struct Tasks {
+  int64_t chunk_rows, chunks, stretches;
+
+  Tasks(const QuantizedLinearParams& p, int64_t wanted) {  // `wanted`: about how many tasks, if there is work for them
+    const int64_t row_bytes = p.k / kQuantBlock * static_cast<int64_t>(sizeof(XBlock)) + 1;
+    const int64_t fit = kChunkBytes / row_bytes / kTileRows * kTileRows, panels = panels_of(p);
+    chunk_rows = fit > kTileRows ? fit : kTileRows;
+    chunks = (p.rows + chunk_rows - 1) / chunk_rows;
+    stretches = wanted < panels ? wanted : panels;
+  }
+  int64_t count() const { return chunks * stretches; }
+};
+
+template <class F, class T>
+void run_task(const QuantizedLinearParams& p, const XBlock* x, const Tasks& tasks, int64_t task) {
+  const int64_t chunk = task / tasks.stretches, stretch = task % tasks.stretches, panels = panels_of(p);
+  const int64_t begin = chunk * tasks.chunk_rows, all = p.rows - begin;
+  const int64_t end = begin + (tasks.chunk_rows < all ? tasks.chunk_rows : all);
+  const int64_t last = panels * (stretch + 1) / tasks.stretches, group = end - begin <= kTileRows / 2 ? kStreams : 1;
+  for (int64_t i = panels * stretch / tasks.stretches; i < last; i += group)
+    panel_product<F, T>(p, x, begin, end, i * kQuantPanel, last - i < group ? last - i : group);
+}
+
+// Of a product in which x has p.rows rows in all.
+template <class F>
+bool is_small(const QuantizedLinearParams& p) {
+  return panels_of(p) * quant_panel_bytes(F::kLayout, p.k) * p.rows <= kSerialBytes;
+}
+
 template <class F, class T>
 void forward(const QuantizedLinearParams& p, const Parallel& par) {
   if (p.rows == 0 || p.n == 0) return;
-  const int64_t blocks = p.k / kQuantBlock, panels = (p.n + kQuantPanel - 1) / kQuantPanel;
-  const Scratch<XBlock> x(p.rows * blocks);
-  parallel_ranges(par, p.rows, row_grain(p.k + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      round_row(static_cast<const T*>(p.x) + r * p.x_stride, p.k, F::kBits == 8 && kDotSubtracts ? 0 : F::kOffset,
-                F::kHalves, x.data() + r * blocks);
-  });
-  // Tasks are stretches of W times chunks of x.
-  const int64_t row_bytes = blocks * static_cast<int64_t>(sizeof(XBlock)) + 1;
-  const int64_t most =
-      kChunkBytes / row_bytes > kTileRows ? kChunkBytes / row_bytes / kTileRows * kTileRows : kTileRows;
-  const int64_t chunks = (p.rows + most - 1) / most;
-  const int64_t work = panels * quant_panel_bytes(F::kLayout, p.k) * p.rows;
-  int64_t stretches = par.threads == 1 || work <= kSerialBytes ? 1 : par.threads * kTasksPerThread;
-  if (stretches > panels) stretches = panels;
-  parallel_tasks(par, chunks * stretches, [&](int64_t task, int64_t) {
-    const int64_t chunk = task / stretches, stretch = task % stretches;
-    const int64_t begin = chunk * most, end = begin + most < p.rows ? begin + most : p.rows;
-    const int64_t last = panels * (stretch + 1) / stretches, group = end - begin <= kTileRows / 2 ? kStreams : 1;
-    for (int64_t i = panels * stretch / stretches; i < last; i += group)
-      panel_product<F, T>(p, x.data(), begin, end, i * kQuantPanel, last - i < group ? last - i : group);
+  const Scratch<XBlock> x(p.rows * (p.k / kQuantBlock));
+  round_rows<F, T>(p, nullptr, x.data(), par);
+  const Tasks tasks(p, par.threads == 1 || is_small<F>(p) ? 1 : par.threads * kTasksPerThread);
+  parallel_tasks(par, tasks.count(), [&](int64_t task, int64_t) { run_task<F, T>(p, x.data(), tasks, task); });
+}
+
+// All experts' tasks are one list, and an expert has a share of them by what it costs: the reading of its matrix, as
+// much as the products of a tile of rows, and the products of its rows. One expert with a row thus keeps all threads
+// busy, and so do many.
+template <class F, class T>
+void forward_grouped(const QuantizedGroupedLinearParams& g, const Parallel& parallel) {
+  const QuantizedLinearParams& p = g.product;
+  if (p.rows == 0 || p.n == 0) return;
+  Parallel par = parallel;
+  if (is_small<F>(p)) par.threads = 1;
+  const int64_t row_blocks = p.k / kQuantBlock, expert_bytes = panels_of(p) * quant_panel_bytes(F::kLayout, p.k);
+  const Scratch<XBlock> x(p.rows * row_blocks);
+  round_rows<F, T>(p, g.token_of, x.data(), par);
+  const auto product_of = [&](int64_t e) {
+    const int64_t begin = g.offsets[e];
+    QuantizedLinearParams one = p;
+    one.rows = g.offsets[e + 1] - begin;
+    one.weight += e * expert_bytes;
+    if (p.bias) one.bias = static_cast<const T*>(p.bias) + e * p.n;
+    one.y = static_cast<T*>(p.y) + begin * p.y_stride;
+    return one;
+  };
+  int64_t cost = p.rows;
+  for (int64_t e = 0; e < g.num_experts; ++e) cost += g.offsets[e + 1] > g.offsets[e] ? kTileRows : 0;
+  const auto tasks_of = [&](const QuantizedLinearParams& one) {
+    const int64_t all = par.threads == 1 ? 1 : par.threads * kExpertTasksPerThread;
+    return Tasks(one, (all * (one.rows + kTileRows) + cost - 1) / cost);
+  };
+  const Scratch<int64_t> first(g.num_experts + 1);
+  const int64_t tasks =
+      number_tasks(g.num_experts, first.data(), [&](int64_t e) { return tasks_of(product_of(e)).count(); });
+  parallel_tasks(par, tasks, [&](int64_t task, int64_t) {
+    const int64_t e = expert_of(first.data(), g.num_experts, task);
+    const QuantizedLinearParams one = product_of(e);
+    run_task<F, T>(one, x.data() + g.offsets[e] * row_blocks, tasks_of(one), task - first.data()[e]);
   });
 }
 
@@ -201,6 +265,9 @@ void forward(const QuantizedLinearParams& p, const Parallel& par) {
 
 void quantized_linear(const QuantizedLinearParams& p, const Parallel& par) {
   LLMCORE_DISPATCH_QUANT(p.format, F, LLMCORE_DISPATCH_FLOAT(p.dtype, T, forward<F, T>(p, par)))
+}
+void quantized_grouped_linear(const QuantizedGroupedLinearParams& g, const Parallel& par) {
+  LLMCORE_DISPATCH_QUANT(g.product.format, F, LLMCORE_DISPATCH_FLOAT(g.product.dtype, T, forward_grouped<F, T>(g, par)))
 }
 
 }  // namespace LLMCORE_ISA

@@ -74,13 +74,13 @@ PTX_DEVICE float over_largest(float x) {
   return fmaf(fmaf(-127.f, q, x), kInverse, q);
 }
 
-// A warp rounds a block, an element in each lane.
-template <class T, int R>
-PTX_DEVICE void round_chunk(const T* x, int64_t x_stride, int rows, int blocks, Rounded<R>& to) {
+// A warp rounds a block, an element in each lane. row_at(i): row i of x, from the chunk's first element on.
+template <class T, int R, class RowAt>
+PTX_DEVICE void round_chunk(const RowAt& row_at, int rows, int blocks, Rounded<R>& to) {
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < rows * blocks; i += kWarps) {
     const int row = i / blocks, b = i % blocks;
-    const float value = to_float(x[row * x_stride + b * kBlock + lane]);
+    const float value = to_float(row_at(row)[b * kBlock + lane]);
     const uint32_t bits = ptx::warp_max(ptx::bits(fabsf(value)));
     const bool finite = bits < 0x7f800000u;
     const float top = ptx::from_bits(bits), inverse = finite && top >= kSmallest ? largest_over(top) : 0.f;
@@ -120,66 +120,113 @@ PTX_DEVICE void add_block(const uint8_t* panel, const uint8_t* lines, int64_t b,
   }
 }
 
+// The panel blockIdx.x of W, which starts at `weight`, times rows `first` ... `first + rows - 1` of y, up to R.
+// source(r): the row of x that row r of y is made of. `bias`: of W's rows, or null.
+template <class F, class T, int R, class Source>
+PTX_DEVICE void panel_product(const QuantizedLinearParams& p, const uint8_t* weight, const T* bias, int64_t scale_bytes,
+                              int64_t panel_bytes, int64_t first, int rows, const Source& source) {
+  PTX_SHARED_MEMORY(memory);
+  Shared<R>& shared = *reinterpret_cast<Shared<R>*>(memory);
+  const uint8_t* panel = weight + blockIdx.x * panel_bytes;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint8_t* lines = panel + scale_bytes + lane % kPanel * 4;
+  float acc[R] = {};
+  for (int64_t begin = 0; begin < p.k; begin += kChunk) {
+    const int blocks = static_cast<int>(p.k - begin < kChunk ? p.k - begin : kChunk) / kBlock;
+    const T* x = static_cast<const T*>(p.x) + begin;
+    round_chunk<T, R>([&](int row) { return x + source(first + row) * p.x_stride; }, rows, blocks, shared.x);
+    ptx::syncthreads();
+    for (int b = warp; b < blocks; b += kWarps)
+      add_block<F, R>(panel, lines, begin / kBlock + b, b, shared.x, rows, acc);
+    ptx::syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const float sum = acc[r] + ptx::shfl_xor(acc[r], kPanel);
+    if (lane < kPanel) shared.partial[warp][r][lane] = sum;
+  }
+  ptx::syncthreads();
+  const int row = threadIdx.x / kPanel, column = threadIdx.x % kPanel;
+  const int64_t j = int64_t{blockIdx.x} * kPanel + column;
+  if (row < rows && j < p.n) {
+    float sum = 0.f;
+#pragma unroll
+    for (int v = 0; v < kWarps; ++v) sum += shared.partial[v][row][column];
+    if (bias) sum += to_float(bias[j]);
+    static_cast<T*>(p.y)[(first + row) * p.y_stride + j] = from_float<T>(sum);
+  }
+  // the barriers of the next tile's chunks stand between this reading of `partial` and its writing
+}
+
 // The grid's x: panels; its y: tiles of R rows of x (in strides, when there are more than it may have).
 template <class F, class T, int R>
 __global__ void __launch_bounds__(kThreads, 4)
     multiply(QuantizedLinearParams p, int64_t scale_bytes, int64_t panel_bytes) {
-  PTX_SHARED_MEMORY(memory);
-  Shared<R>& shared = *reinterpret_cast<Shared<R>*>(memory);
-  const uint8_t* panel = p.weight + blockIdx.x * panel_bytes;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint8_t* lines = panel + scale_bytes + lane % kPanel * 4;
   const int64_t all = R == 1 ? 1 : p.rows;  // the loop ends after one turn, which saves registers
-  for (int64_t first = int64_t{blockIdx.y} * R; first < all; first += int64_t{gridDim.y} * R) {
-    const int rows = static_cast<int>(all - first < R ? all - first : R);
-    const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
-    float acc[R] = {};
-    for (int64_t begin = 0; begin < p.k; begin += kChunk) {
-      const int blocks = static_cast<int>(p.k - begin < kChunk ? p.k - begin : kChunk) / kBlock;
-      round_chunk<T, R>(x + begin, p.x_stride, rows, blocks, shared.x);
-      ptx::syncthreads();
-      for (int b = warp; b < blocks; b += kWarps)
-        add_block<F, R>(panel, lines, begin / kBlock + b, b, shared.x, rows, acc);
-      ptx::syncthreads();
-    }
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const float sum = acc[r] + ptx::shfl_xor(acc[r], kPanel);
-      if (lane < kPanel) shared.partial[warp][r][lane] = sum;
-    }
-    ptx::syncthreads();
-    const int row = threadIdx.x / kPanel, column = threadIdx.x % kPanel;
-    const int64_t j = int64_t{blockIdx.x} * kPanel + column;
-    if (row < rows && j < p.n) {
-      float sum = 0.f;
-#pragma unroll
-      for (int v = 0; v < kWarps; ++v) sum += shared.partial[v][row][column];
-      if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[j]);
-      static_cast<T*>(p.y)[(first + row) * p.y_stride + j] = from_float<T>(sum);
-    }
-    // the barriers of the next turn's chunks stand between this reading of `partial` and its writing
+  for (int64_t first = int64_t{blockIdx.y} * R; first < all; first += int64_t{gridDim.y} * R)
+    panel_product<F, T, R>(p, p.weight, static_cast<const T*>(p.bias), scale_bytes, panel_bytes, first,
+                           static_cast<int>(all - first < R ? all - first : R), [](int64_t r) { return r; });
+}
+
+// The grid's x: panels; its y: experts (in strides), whose rows a CTA takes tile by tile.
+template <class F, class T>
+__global__ void __launch_bounds__(kThreads, 4)
+    multiply_grouped(QuantizedGroupedLinearParams g, int64_t scale_bytes, int64_t panel_bytes) {
+  const QuantizedLinearParams& p = g.product;
+  for (int64_t e = blockIdx.y; e < g.num_experts; e += gridDim.y) {
+    const int64_t end = g.offsets[e + 1];
+    for (int64_t first = g.offsets[e]; first < end; first += kRows)
+      panel_product<F, T, kRows>(p, p.weight + e * gridDim.x * panel_bytes,
+                                 p.bias ? static_cast<const T*>(p.bias) + e * p.n : nullptr, scale_bytes, panel_bytes,
+                                 first, static_cast<int>(end - first < kRows ? end - first : kRows),
+                                 [&](int64_t r) { return g.token_of ? int64_t{g.token_of[r]} : r; });
   }
+}
+
+constexpr int64_t kMostBlocks = 65535;  // of a grid's y
+
+// run(scale_bytes, panel_bytes, panels) for a weight that kernels can read.
+template <class F, class Run>
+Status with_layout(const QuantizedLinearParams& p, const Run& run) {
+  constexpr QuantLayout kLayout = kQuantLayouts[static_cast<int>(F::kFormat)];
+  if (reinterpret_cast<uintptr_t>(p.weight) % 4 != 0)
+    return "the packed weight does not begin at a multiple of 4 bytes";
+  return run(quant_scale_bytes(kLayout, p.k), quant_panel_bytes(kLayout, p.k), (p.n + kQuantPanel - 1) / kQuantPanel);
 }
 
 template <class F, class T>
 Status start(const QuantizedLinearParams& p, const Device& device) {
-  constexpr QuantLayout kLayout = kQuantLayouts[static_cast<int>(F::kFormat)];
-  if (reinterpret_cast<uintptr_t>(p.weight) % 4 != 0)
-    return "the packed weight does not begin at a multiple of 4 bytes";
-  const int64_t panels = (p.n + kQuantPanel - 1) / kQuantPanel, most = 65535;
-  const auto run = [&](auto kernel, int64_t rows, int shared_bytes) {
-    const int64_t tiles = (p.rows + rows - 1) / rows;
-    return launch(kernel, {panels, tiles < most ? tiles : most}, kThreads, shared_bytes, device, p,
-                  quant_scale_bytes(kLayout, p.k), quant_panel_bytes(kLayout, p.k));
-  };
-  return p.rows == 1 ? run(multiply<F, T, 1>, 1, sizeof(Shared<1>))
-                     : run(multiply<F, T, kRows>, kRows, sizeof(Shared<kRows>));
+  return with_layout<F>(p, [&](int64_t scale_bytes, int64_t panel_bytes, int64_t panels) {
+    const auto run = [&](auto kernel, int64_t rows, int shared_bytes) {
+      const int64_t tiles = (p.rows + rows - 1) / rows;
+      return launch(kernel, {panels, tiles < kMostBlocks ? tiles : kMostBlocks}, kThreads, shared_bytes, device, p,
+                    scale_bytes, panel_bytes);
+    };
+    return p.rows == 1 ? run(multiply<F, T, 1>, 1, sizeof(Shared<1>))
+                       : run(multiply<F, T, kRows>, kRows, sizeof(Shared<kRows>));
+  });
+}
+
+template <class F, class T>
+Status start_grouped(const QuantizedGroupedLinearParams& g, const Device& device) {
+  if (g.product.rows == 0) return nullptr;
+  return with_layout<F>(g.product, [&](int64_t scale_bytes, int64_t panel_bytes, int64_t panels) {
+    const int64_t experts = g.num_experts < kMostBlocks ? g.num_experts : kMostBlocks;
+    return launch(multiply_grouped<F, T>, {panels, experts}, kThreads, sizeof(Shared<kRows>), device, g, scale_bytes,
+                  panel_bytes);
+  });
 }
 
 }  // namespace
 
 Status quantized_linear(const QuantizedLinearParams& p, const Device& device) {
   LLMCORE_DISPATCH_QUANT(p.format, F, LLMCORE_DISPATCH_FLOAT(p.dtype, T, return (start<F, T>(p, device))))
+  return "unknown dtype or format";
+}
+
+Status quantized_grouped_linear(const QuantizedGroupedLinearParams& g, const Device& device) {
+  LLMCORE_DISPATCH_QUANT(g.product.format, F,
+                         LLMCORE_DISPATCH_FLOAT(g.product.dtype, T, return (start_grouped<F, T>(g, device))))
   return "unknown dtype or format";
 }
 

@@ -10,6 +10,7 @@ from llmcore.layers.moe import MoE, MoEOutput
 from llmcore.layers.norm import DyT, LayerNorm, RMSNorm, make_norm
 from llmcore.layers.positions import RelativeBias, sinusoidal
 from llmcore.layers.quantized import QuantizedEmbedding, QuantizedLinear, quantize_model
+from llmcore.layers.quantized_experts import QuantizedExperts
 from llmcore.layers.rope import RotaryEmbedding
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MoE",
     "MoEOutput",
     "QuantizedEmbedding",
+    "QuantizedExperts",
     "QuantizedLinear",
     "RMSNorm",
     "RelativeBias",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.layers.mlp import GatedMLP, check_gated, gated
+from llmcore.layers.quantized_experts import QuantizedExperts
 
 BALANCING = ("aux_loss", "bias", "none")
 
@@ -21,6 +22,19 @@ def _check_finite(logits: Tensor) -> None:
     finite = torch.isfinite(logits).all(-1)
     if not finite.all():
         raise FloatingPointError(f"the router's scores of token {int((~finite).nonzero()[0])} are not finite")
+
+
+def _products(
+    x: Tensor, weight: Tensor | QuantizedExperts, bias: Tensor | None, routing: ops.Routing, *, gather: bool
+) -> Tensor:
+    """Of each expert's rows with its weight, and its bias. With `gather`, x holds the tokens, else the rows."""
+    token_of, row_of = (routing.token_of, routing.row_of) if gather else (None, None)
+    if isinstance(weight, QuantizedExperts):
+        return weight(x, routing.offsets, token_of=token_of, bias=bias)
+    y = ops.grouped_gemm(x, weight, routing.offsets, token_of=token_of, row_of=row_of)
+    if bias is None:
+        return y
+    return y + bias[torch.repeat_interleave(routing.offsets.diff(), output_size=len(y))]
 
 
 class MoEOutput(NamedTuple):
@@ -53,7 +67,8 @@ class MoE(nn.Module):
 
     Weights: `router.weight` (num_experts, dim), used in float32; `gate_up` (num_experts, 2 * ffn_dim, dim), the
     gate's rows first; `down` (num_experts, dim, ffn_dim); with bias `gate_up_bias` (num_experts, 2 * ffn_dim) and
-    `down_bias` (num_experts, dim). The buffer `expert_bias` (num_experts,) stays float32.
+    `down_bias` (num_experts, dim). The buffer `expert_bias` (num_experts,) stays float32. For inference `gate_up` and
+    `down` may be `QuantizedExperts`.
     """
 
     def __init__(
@@ -109,6 +124,11 @@ class MoE(nn.Module):
             self.expert_bias = bias.to(self.expert_bias.device)
         return self
 
+    def set_quantized(self, name: str, weight: QuantizedExperts) -> None:
+        """Puts quantised experts in the place of the parameter `name`, "gate_up" or "down"."""
+        delattr(self, name)  # torch lets no module take a parameter's name
+        setattr(self, name, weight)
+
     def forward(self, x: Tensor) -> MoEOutput:
         """x: (..., dim); leading dimensions are tokens.
 
@@ -131,16 +151,15 @@ class MoE(nn.Module):
 
     def _experts(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
         """What each token's experts give, (rows, dim) in the order of routing.row_of."""
-        where = {"token_of": routing.token_of, "row_of": routing.row_of}
-        if self.gate_up_bias is None and self.activation != "swiglu_oss":
-            inner = ops.grouped_glu(tokens, self.gate_up, routing.offsets, activation=self.activation, **where)
-            return ops.grouped_gemm(inner, self.down, routing.offsets)
-        gate_up = ops.grouped_gemm(tokens, self.gate_up, routing.offsets, **where)
-        if self.gate_up_bias is None:
-            return ops.grouped_gemm(gated(self.activation, gate_up), self.down, routing.offsets)
-        expert_of = torch.repeat_interleave(routing.offsets.diff(), output_size=len(gate_up))
-        inner = gated(self.activation, gate_up + self.gate_up_bias[expert_of])
-        return ops.grouped_gemm(inner, self.down, routing.offsets) + self.down_bias[expert_of]
+        quantized = isinstance(self.gate_up, QuantizedExperts)
+        if not quantized and self.gate_up_bias is None and self.activation != "swiglu_oss":
+            inner = ops.grouped_glu(
+                tokens, self.gate_up, routing.offsets, token_of=routing.token_of, row_of=routing.row_of,
+                activation=self.activation,
+            )  # fmt: skip
+        else:
+            inner = gated(self.activation, _products(tokens, self.gate_up, self.gate_up_bias, routing, gather=True))
+        return _products(inner, self.down, self.down_bias, routing, gather=False)
 
     def _aux_loss(self, scores: Tensor, load: Tensor) -> Tensor | None:
         if self.balancing != "aux_loss":

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from llmcore import ops
 from llmcore.layers.latent_attention import LatentAttention
 from llmcore.layers.linear import Linear
+from llmcore.layers.moe import MoE
+from llmcore.layers.quantized_experts import QuantizedExperts
 from llmcore.ops.quantized_linear import FORMATS, format_named, quantize
 
 # What `quantize_model` is asked for -> what rows take whose length is no multiple of 256, and what the table of
@@ -116,11 +118,11 @@ class QuantizedEmbedding(nn.Module):
 def quantize_model(model: nn.Module, format: str) -> nn.Module:
     """Quantises the weights of `model` in place, and returns it; from then on it is for inference only.
 
-    Every `llmcore.layers.Linear`, the output matrix (`lm_head`) and the table of embeddings (`embed_tokens`) become
-    quantised. Where a format's blocks of 256 don't fit a layer's rows, q4_k gives way to q5_0, q5_k to q5_1 and q6_k to
-    q8_0. The table and the output matrix take q6_k, which falls back likewise, but q8_0 with q8_0. Rows that are no
-    multiple of 32 stay as they are; so do norms, biases, positions, routers, experts, and what latent attention absorbs
-    (`kv_b`).
+    Every `llmcore.layers.Linear`, the experts of every `MoE`, the output matrix (`lm_head`) and the table of embeddings
+    (`embed_tokens`) become quantised. Where a format's blocks of 256 don't fit a layer's rows, q4_k gives way to q5_0,
+    q5_k to q5_1 and q6_k to q8_0. The table and the output matrix take q6_k, which falls back likewise, but q8_0 with
+    q8_0. Rows that are no multiple of 32 stay as they are; so do norms, biases, positions, routers, and what latent
+    attention absorbs (`kv_b`).
 
     Args:
         format: a name of `llmcore.ops.quantized_linear.FORMATS`.
@@ -128,6 +130,8 @@ def quantize_model(model: nn.Module, format: str) -> nn.Module:
     format_named(format)
     table = _TABLE.get(format, _TABLE_ELSE)
     for parent in list(model.modules()):
+        if isinstance(parent, MoE):
+            _quantize_experts(parent, format)
         for name, layer in list(parent.named_children()):
             if isinstance(parent, LatentAttention) and name == "kv_b":
                 continue
@@ -141,6 +145,14 @@ def quantize_model(model: nn.Module, format: str) -> nn.Module:
                     blocks = quantize(layer.weight, chosen)
                     setattr(parent, name, QuantizedEmbedding(chosen, blocks, layer.weight.dtype))
     return model
+
+
+def _quantize_experts(layer: MoE, format: str) -> None:
+    for name in ("gate_up", "down"):
+        weight = getattr(layer, name)
+        if isinstance(weight, nn.Parameter) and (chosen := _format_for(format, weight.shape[-1])) is not None:
+            blocks = torch.stack([quantize(expert, chosen) for expert in weight])
+            layer.set_quantized(name, QuantizedExperts([(chosen, blocks)]))
 
 
 def _format_for(format: str, k: int) -> str | None:

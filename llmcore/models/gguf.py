@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmcore import ops
 from llmcore.checkpoints import CheckpointError
 from llmcore.checkpoints.gguf import BLOCKS, FLOATS, GGUFFile, GGUFTensor
-from llmcore.layers import Linear, QuantizedEmbedding, QuantizedLinear
+from llmcore.layers import Linear, MoE, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES
 from llmcore.models.meta import meta_model
@@ -442,13 +442,16 @@ def _place(
 
 
 def _place_blocks(model: Transformer, ours: str, parts: Sequence[GGUFTensor], device: torch.device | str) -> bool:
-    """Puts a quantised layer in the place of a linear one or of the table. False where numbers are needed."""
+    """Puts quantised experts in the place of a parameter of theirs, and a quantised layer in that of a linear one or of
+    the table. False where numbers are needed."""
     path, _, leaf = ours.rpartition(".")
     above, _, name = path.rpartition(".")
     owner = model.get_submodule(above)
     layer = getattr(owner, name) if path else None
     blocks = [(part.format, part.data) for part in parts]
-    if name == "embed_tokens":
+    if isinstance(layer, MoE) and leaf in ("gate_up", "down"):
+        layer.set_quantized(leaf, QuantizedExperts(blocks).to(device))
+    elif name == "embed_tokens":
         setattr(owner, name, QuantizedEmbedding(*blocks[0]).to(device))
     elif leaf == "weight" and (isinstance(layer, Linear) or name == "lm_head") and name != "kv_b":  # which is absorbed
         setattr(owner, name, QuantizedLinear(blocks).to(device))

@@ -20,6 +20,7 @@ from llmcore.layers import (
     MoE,
     MoEOutput,
     QuantizedEmbedding,
+    QuantizedExperts,
     QuantizedLinear,
     RelativeBias,
     RotaryEmbedding,
@@ -45,7 +46,7 @@ def make_model_norm(config: ModelConfig) -> nn.Module:
     return make_norm(config.norm, config.dim, config.norm_eps, config.norm_bias, config.norm_unit_offset)
 
 
-_QUANTIZED = (QuantizedEmbedding, QuantizedLinear)
+_QUANTIZED = (QuantizedEmbedding, QuantizedExperts, QuantizedLinear)
 
 # The norms of each sublayer, by the ends of their names.
 _NORMS_OF_PLACEMENT = {
@@ -492,7 +493,10 @@ class Transformer(Stack):
         moe = self.config.moe
         for block in self.blocks:
             if isinstance(block.mlp, MoE):
-                routed = block.mlp.gate_up.numel() + block.mlp.down.numel()
+                routed = sum(
+                    weight.num_weights if isinstance(weight, QuantizedExperts) else weight.numel()
+                    for weight in (block.mlp.gate_up, block.mlp.down)
+                )
                 count -= routed // moe.num_experts * (moe.num_experts - moe.top_k)
         count -= sum(p.numel() for p in self.mtp.parameters()) if self.mtp is not None else 0
         tables = [self.embed_positions, self.embed_tokens if self.lm_head is not None else None]

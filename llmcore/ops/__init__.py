@@ -17,6 +17,7 @@ from llmcore.ops.linear_cross_entropy import linear_cross_entropy
 from llmcore.ops.moe_permute import moe_combine, moe_dispatch, moe_sort
 from llmcore.ops.moe_route import Routing, moe_route
 from llmcore.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache_write
+from llmcore.ops.quantized_grouped_linear import pack_experts, quantized_grouped_linear
 from llmcore.ops.quantized_linear import pack_quantized, quantized_embedding, quantized_linear, quantized_linear_
 from llmcore.ops.recompute import recompute_activations
 from llmcore.ops.registry import BackendFallbackWarning, OpSpec, Sample, backend, explain, registry, support
@@ -53,11 +54,13 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "moe_sort",
+    "pack_experts",
     "pack_quantized",
     "paged_attention",
     "qk_norm_rope",
     "qk_norm_rope_cache_write",
     "quantized_embedding",
+    "quantized_grouped_linear",
     "quantized_linear",
     "quantized_linear_",
     "recompute_activations",

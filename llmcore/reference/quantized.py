@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcore.reference.checks import check_shape
+from llmcore.reference.checks import check_indices, check_offsets, check_shape
 
 PANEL = 16  # rows
 LINE = 64  # bytes
@@ -493,6 +493,31 @@ def quantized_linear_(y: Tensor, x: Tensor, packed: Tensor, format: str, bias: T
     if y.dtype != x.dtype:
         raise TypeError(f"quantized_linear_: y has dtype {y.dtype}, but x has {x.dtype}")
     return y.copy_(quantized_linear(x, packed, format, y.shape[-1], bias))
+
+
+def quantized_grouped_linear(
+    x: Tensor,
+    packed: Tensor,
+    format: str,
+    out_features: int,
+    offsets: Tensor,
+    *,
+    token_of: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `llmcore.ops.quantized_grouped_linear`."""
+    name, num_experts = "quantized_grouped_linear", len(packed)
+    if bias is not None:
+        check_shape(f"{name}: bias", bias, num_experts, out_features)
+    if token_of is not None:
+        check_indices(f"{name}: token_of", token_of, 0, len(x))
+        x = x[token_of.long()]
+    bounds = check_offsets(f"{name}: offsets", offsets, num_experts, len(x))
+    products = [
+        quantized_linear(x[begin:end], expert, format, out_features, None if bias is None else bias[e])
+        for e, (expert, begin, end) in enumerate(zip(packed, bounds[:-1], bounds[1:]))
+    ]
+    return torch.cat(products)
 
 
 def quantized_embedding(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from llmcore import reference
 from llmcore.inference import generate
-from llmcore.layers import Linear, QuantizedEmbedding, QuantizedLinear, quantize_model
-from llmcore.models import ModelConfig, Transformer
+from llmcore.layers import Linear, MoE, QuantizedEmbedding, QuantizedExperts, QuantizedLinear, quantize_model
+from llmcore.models import ModelConfig, MoEConfig, Transformer
 from llmcore.models.pretrained import save_pretrained
 from llmcore.reference.quantized import FORMATS
 
@@ -88,6 +88,92 @@ def test_quantized_model(format, tied):
     assert model.to(torch.bfloat16).cache_dtype == torch.bfloat16
     with pytest.raises(TypeError, match="the output matrix is quantised"):
         _ = model.lm_head_weight
+
+
+def experts_of(layer: QuantizedExperts) -> torch.Tensor:
+    """Its numbers, (num_experts, out_features, in_features)."""
+    parts = []
+    for i, (format, rows) in enumerate(layer.parts):
+        blocks = [reference.unpack_quantized(p, format, rows, layer.in_features) for p in getattr(layer, f"packed{i}")]
+        parts.append(torch.stack([reference.dequantize(b, format) for b in blocks]))
+    return torch.cat(parts, dim=1)
+
+
+def test_parts_of_experts_are_one_matrix_each():
+    weight, bias = torch.randn(3, 70, 256), torch.randn(3, 70)
+    formats = [("q4_k", 0, 33), ("q4_k", 33, 50), ("q6_k", 50, 70)]
+    parts = [
+        (f, reference.quantize(weight[:, begin:end].flatten(0, 1), f).unflatten(0, (3, end - begin)))
+        for f, begin, end in formats
+    ]
+    layer = QuantizedExperts(parts)
+    assert layer.parts == [("q4_k", 50), ("q6_k", 20)]
+    assert (layer.num_experts, layer.in_features, layer.out_features) == (3, 256, 70)
+    assert layer.num_weights == weight.numel()
+    exact = torch.cat([reference.dequantize(b.flatten(0, 1), f).unflatten(0, (3, -1)) for f, b in parts], dim=1)
+    assert torch.equal(experts_of(layer), exact)
+    x, offsets = torch.randn(4, 256), torch.tensor([0, 1, 1, 6], dtype=torch.int32)
+    token_of = torch.tensor([3, 0, 1, 2, 3, 0], dtype=torch.int32)
+    expected = torch.stack([rounded_linear(x[t], exact[e], bias[e]) for t, e in zip(token_of, [0, 2, 2, 2, 2, 2])])
+    torch.testing.assert_close(layer(x, offsets, token_of=token_of, bias=bias), expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"the parts have \[\(3, 256\), \(3, 512\)\] experts and weights in a row"):
+        QuantizedExperts([parts[0], ("q8_0", torch.zeros(3, 2, 16 * 34, dtype=torch.uint8))])
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "activation": "swiglu_oss"}, {"activation": "geglu"}], ids=str)
+@pytest.mark.parametrize("wide", ["gate_up", "down", "both"])
+def test_quantised_experts_compute_what_their_numbers_do(options, wide):
+    """`wide` is what rows are long enough for: the others stay floats."""
+    torch.manual_seed(0)
+    dim, ffn_dim = {"gate_up": (64, 40), "down": (40, 64), "both": (64, 96)}[wide]
+    layer, floats = (MoE(dim, ffn_dim, 5, 2, shared_experts=0, **options).eval() for _ in range(2))
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            p.copy_(torch.randn_like(p) * (0.5 if "bias" in name or name == "router.weight" else p.shape[-1] ** -0.5))
+    floats.load_state_dict(layer.state_dict())
+    quantize_model(layer, "q8_0")
+    with torch.no_grad():
+        for name in ("gate_up", "down"):
+            assert isinstance(getattr(layer, name), QuantizedExperts) == (wide in (name, "both"))
+            if wide in (name, "both"):
+                getattr(floats, name).copy_(experts_of(getattr(layer, name)))
+        for tokens in (1, 3, 50):
+            x = torch.randn(tokens, dim)
+            exact, ours = floats(x), layer(x)
+            assert torch.equal(ours.expert_load, exact.expert_load)
+            assert 0 < (ours.hidden - exact.hidden).norm() < 0.02 * exact.hidden.norm()
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q4_k"])
+def test_quantized_experts_in_a_model(format):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=120, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=96, max_positions=64,
+        moe=MoEConfig(6, 2, 96, shared_experts=1, first_dense_layers=1, balancing="none"),
+    )  # fmt: skip
+    model = Transformer(config).eval()
+    counts = model.num_parameters(), model.num_parameters(active=True)
+    bytes_before = sum(t.nbytes for t in model.state_dict().values())
+    quantize_model(model, format)
+    layer = model.blocks[1].mlp
+    wanted = {"q8_0": "q8_0", "q4_0": "q4_0", "q4_k": "q5_0"}[format]
+    assert layer.gate_up.parts == [(wanted, 192)]
+    assert layer.down.parts == [(wanted, 64)]
+    assert isinstance(layer.shared.down, QuantizedLinear)
+    assert isinstance(layer.router, torch.nn.Linear)
+    assert (model.num_parameters(), model.num_parameters(active=True)) == counts
+    assert sum(t.nbytes for t in model.state_dict().values()) < (0.35 if format == "q8_0" else 0.25) * bytes_before
+    tokens = torch.randint(0, 120, (1, 20))
+    with torch.no_grad(), torch.random.fork_rng():
+        logits = model.logits(model(tokens).hidden)
+        assert model(tokens.clone()).expert_load.sum() == 2 * 20
+    (new,) = generate(model, [[5, 6, 7]], max_tokens=12, temperature=0.0)
+    with torch.no_grad():
+        full = model.logits(model(torch.tensor([[5, 6, 7, *new[:-1]]])).hidden)
+    assert full[0, 2:].argmax(-1).tolist() == new
+    again = quantize_model(Transformer(config).eval(), format)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.logits(again(tokens).hidden), logits)
 
 
 def test_rows_of_256_take_nested_formats():

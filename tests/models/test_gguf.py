@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from llmcore import reference
 from llmcore.checkpoints import CheckpointError
 from llmcore.checkpoints.gguf import GGUFFile
 from llmcore.inference.save_gguf import save_gguf
-from llmcore.layers import Linear, QuantizedEmbedding, QuantizedLinear
-from llmcore.models import gpt2, llama, load_pretrained
+from llmcore.layers import Linear, MoE, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+from llmcore.models import MoEConfig, gpt2, llama, load_pretrained
 from llmcore.models.gguf import load_gguf
 from llmcore.models.gguf_export import same_for_inference
 from llmcore.models.transformer import Transformer
@@ -211,6 +212,7 @@ def tiny(family="llama, tied", **changes):
         "llama, tied": llama("tiny", vocab_size=300),
         "llama, untied": llama("tiny", vocab_size=300, tied_embeddings=False, num_kv_heads=2),
         "gpt2": gpt2("tiny", vocab_size=300),
+        "mixtral": llama("tiny", vocab_size=300, moe=MoEConfig(4, 2, 128)),
     }[family]
     torch.manual_seed(3)
     model = Transformer(dataclasses.replace(config, **changes)).eval()
@@ -227,8 +229,8 @@ LLAMA3 = RopeScaling("llama3", 8.0, 32, 1.0, 4.0)
 @pytest.mark.parametrize("format_", ["f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama, tied", {}), ("llama, untied", {"rope_scaling": LLAMA3}), ("gpt2", {})],
-    ids=["tied", "untied", "gpt2"],
+    [("llama, tied", {}), ("llama, untied", {"rope_scaling": LLAMA3}), ("gpt2", {}), ("mixtral", {})],
+    ids=["tied", "untied", "gpt2", "mixtral"],
 )
 def test_save_and_load(family, changes, format_, tmp_path):
     """Every number comes back as its format rounds it, and the second time bit for bit."""
@@ -236,7 +238,7 @@ def test_save_and_load(family, changes, format_, tmp_path):
     save_gguf(model, tokenizer, tmp_path / "a.gguf", format=format_)
     again = load_gguf(tmp_path / "a.gguf", dtype=torch.float32)
     file = GGUFFile(tmp_path / "a.gguf")
-    assert file.format("blk.0.ffn_down.weight") == format_
+    assert file.format(f"blk.0.ffn_down{'_exps' if family == 'mixtral' else ''}.weight") == format_
     assert {file.format(name) for name in file if "norm" in name} == {"f32"}
     assert same_for_inference(model.config, again.config)
     for (name, saved), loaded in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
@@ -294,6 +296,74 @@ def test_quantised_rows_move_whole(tmp_path, monkeypatch):
     expected = floats.logits(floats(tokens).hidden)
     error = (kept.logits(kept(tokens).hidden) - expected).norm() / expected.norm()
     assert 0 < error < 0.03  # a step of 8 bits is 1 / 127 of a block's largest; rows in a wrong order would give over 1
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "head_dim": 16}
+
+
+def numbers(experts):
+    """Of quantised experts, (num_experts, rows, k)."""
+    parts = []
+    for i, (format_, rows) in enumerate(experts.parts):
+        packed = getattr(experts, f"packed{i}")
+        blocks = [reference.unpack_quantized(p, format_, rows, experts.in_features) for p in packed]
+        parts.append(torch.stack([reference.dequantize(b, format_) for b in blocks]))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_stay_quantised(case, tmp_path, monkeypatch):
+    """Their numbers are those of the file's blocks, bit for bit, each gate, up and down in a format of its own; logits
+    are those of a float file with these numbers, but for activations of 8 bits."""
+    arch, permute, more = ARCHITECTURES[case]
+    name, options = CASES[case]
+    wide = {key: value for key, value in WIDE.items() if key in options or key in ("hidden_size", "intermediate_size")}
+    monkeypatch.setitem(CASES, case, (name, options | wide))
+    theirs = make_theirs(case, tmp_path, monkeypatch)
+    more = more | ({"expert_feed_forward_length": 96} if "expert_feed_forward_length" in more else {})
+    tensors = converted(theirs, arch, permute)
+    formats = {"gate": "Q4_0", "up": "Q4_0" if case == "mixtral" else "Q5_1", "down": "Q8_0"}
+    kinds = {
+        name: gguf.GGMLQuantizationType[formats[match[1]]]
+        for name in tensors if (match := re.search(r"ffn_(gate|up|down)_exps\.weight", name))
+    }  # fmt: skip
+    assert len(kinds) == 3 * (2 if case == "deepseek_v3" else 3)
+    write(tmp_path / "blocks.gguf", arch, theirs.config, tensors, more, kinds)
+    for name, kind in kinds.items():
+        tensors[name] = gguf.quants.dequantize(gguf.quants.quantize(tensors[name], kind), kind)
+    write(tmp_path / "floats.gguf", arch, theirs.config, tensors, more)
+    kept, floats = load_gguf(tmp_path / "blocks.gguf"), load_gguf(tmp_path / "floats.gguf")
+    assert kept.is_quantized
+    assert not floats.is_quantized
+    for ours, exact in zip(kept.blocks, floats.blocks):
+        if not isinstance(ours.mlp, MoE):
+            continue
+        assert [format_ for format_, _ in ours.mlp.gate_up.parts] == list(
+            dict.fromkeys(formats[part].lower() for part in ("gate", "up"))
+        )
+        for part in ("gate_up", "down"):
+            assert isinstance(getattr(ours.mlp, part), QuantizedExperts)
+            assert torch.equal(numbers(getattr(ours.mlp, part)), getattr(exact.mlp, part))
+    tokens = torch.arange(40)[None]
+    expected = floats.logits(floats(tokens).hidden)[0]
+    errors = (kept.logits(kept(tokens).hidden)[0] - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert 0 < errors.median() < 0.03  # a token whose second expert was chosen narrowly may get another one
+    as_numbers = load_gguf(tmp_path / "blocks.gguf", dtype=torch.float32)
+    assert all(map(torch.equal, as_numbers.state_dict().values(), floats.state_dict().values()))
+
+
+def test_experts_of_which_a_part_is_floats_are_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, "mixtral", ("Mixtral", CASES["mixtral"][1] | {"hidden_size": 64}))
+    arch, permute, more = ARCHITECTURES["mixtral"]
+    theirs = make_theirs("mixtral", tmp_path, monkeypatch)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    write(
+        tmp_path / "a.gguf", arch, theirs.config, converted(theirs, arch, permute), more,
+        {"blk.0.ffn_gate_exps.weight": kind},
+    )  # fmt: skip
+    ours = load_gguf(tmp_path / "a.gguf")
+    assert isinstance(ours.blocks[0].mlp.gate_up, torch.nn.Parameter)
+    assert not ours.is_quantized
 
 
 def test_floats_beside_blocks_are_numbers(tmp_path, monkeypatch):

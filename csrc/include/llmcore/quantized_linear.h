@@ -75,6 +75,16 @@ struct QuantizedLinearParams {
   int64_t y_stride;
 };
 
+// The same for the rows of y that are expert e's, offsets[e] <= r < offsets[e + 1], with W_e: matrix e of
+// product.weight, where the packed matrices follow each other, and bias e of product.bias, (num_experts, n). With
+// token_of, row r reads x[token_of[r]]. An expert's rows have the bits that quantized_linear gives them.
+struct QuantizedGroupedLinearParams {
+  QuantizedLinearParams product;  // rows: of all experts
+  int64_t num_experts;
+  const int32_t* offsets;   // (num_experts + 1): from 0 to rows, never falling
+  const int32_t* token_of;  // (rows), or null
+};
+
 // y[i] = W[ids[i]], rounded to dtype. On the CPU ids are known to be in range.
 struct QuantizedEmbeddingParams {
   DType dtype;  // of y
@@ -87,9 +97,11 @@ struct QuantizedEmbeddingParams {
 };
 
 LLMCORE_CPU_KERNEL_BF16(quantized_linear, QuantizedLinearParams)
+LLMCORE_CPU_KERNEL_BF16(quantized_grouped_linear, QuantizedGroupedLinearParams)
 LLMCORE_CPU_KERNEL(pack_quantized, PackQuantizedParams)
 LLMCORE_CPU_KERNEL(quantized_embedding, QuantizedEmbeddingParams)
 LLMCORE_CUDA_KERNEL(quantized_linear, QuantizedLinearParams)
+LLMCORE_CUDA_KERNEL(quantized_grouped_linear, QuantizedGroupedLinearParams)
 LLMCORE_CUDA_KERNEL(quantized_embedding, QuantizedEmbeddingParams)
 
 }  // namespace llmcore
