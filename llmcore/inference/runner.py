@@ -122,7 +122,7 @@ class Runner:
         return torch.cat(hidden)
 
     def _logits(self, hidden: Tensor, rows: Sized[int]) -> Tensor:
-        if len(rows) < len(hidden):
+        if len(rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(rows, device=hidden.device)]
         if self.batch_invariant:
             return torch.cat([self.model.logits(part) for part in hidden.split(self._rows_at_once)])
@@ -164,7 +164,7 @@ def _rows(work: list[Work]) -> tuple[list[Row], list[int]]:
 
 def _draw(logits: Tensor, rows: list[Row]) -> dict[Sequence, Drawn]:
     """A token for each row, and of each sequence those up to the first draft that was wrong."""
-    if len(rows) != len(logits):  # siblings draw from one row
+    if len(rows) != logits.shape[0]:  # siblings draw from one row
         logits = logits[torch.tensor([row.at for row in rows], device=logits.device)]
     tokens, logprobs = draw_rows(logits, rows)
     result: dict[Sequence, Drawn] = {}
