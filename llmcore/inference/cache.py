@@ -160,21 +160,22 @@ class PagedKVCache:
             raise ValueError(f"sequences are {list(sequences)}, counts {list(counts)}; accepted: each once, one count")
         if any(count < 1 for count in counts):
             raise ValueError(f"counts are {list(counts)}; accepted: 1 or more each")
-        needed = sum(self.blocks_needed(s, count) for s, count in zip(sequences, counts))
-        if needed > self.num_free_blocks:
+        needed = [self.blocks_needed(s, count) for s, count in zip(sequences, counts)]
+        if (total := sum(needed)) > self.num_free_blocks:
             raise MemoryError(
-                f"{needed} more cache blocks of {self.block_size} tokens are needed; {self.num_free_blocks} of "
+                f"{total} more cache blocks of {self.block_size} tokens are needed; {self.num_free_blocks} of "
                 f"{self.num_blocks} are free"
             )
         slots: list[int] = []
         positions: list[int] = []
         copies: list[tuple[int, int]] = []
         size, rows = self.block_size, []
-        for sequence, count in zip(sequences, counts):
+        for sequence, count, num_new in zip(sequences, counts, needed):
             held = self._held.get(sequence)
             if held is None:
                 held = self._held[sequence] = _Held()
-            if num_new := self.blocks_needed(sequence, count):  # less than above, where a sharer has got its copy
+            # fewer than above, where a sharer has got its copy
+            if num_new and (num_new := self.blocks_needed(sequence, count)):
                 blocks = self._allocator.take(num_new)
                 if self._ends_in_shared_block(held):
                     copies.append((held.blocks[-1], blocks[0]))

@@ -147,7 +147,8 @@ class Scheduler:
             look = self.prefix_caching and not sequence.wants_prompt_logprobs
             known = sequence.tokens if look else []
             found = self.cache.find_prefix(sequence.id, known, sequence.request.salt)
-            if self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others:
+            too_many = self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others
+            if too_many or (look and self._is_being_computed(sequence, found)):
                 self.cache.release(sequence.id)
                 return False
             sequence.computed = found
@@ -158,6 +159,20 @@ class Scheduler:
         self._choices = choices
         self._outstanding += self._needed(sequence, sequence.remaining)
         return True
+
+    def _is_being_computed(self, sequence: Sequence, found: int) -> bool:
+        """Whether it is worth waiting for a prompt that is being run: half of what is to be run, or more, will then be
+        found. So of prompts that come at once and begin alike, the beginning is run once."""
+        half, size = (len(sequence.tokens) - found + 1) // 2, self.cache.block_size
+        enough = self.cache.blocks_for(found + half, size) * size
+        if enough >= len(sequence.tokens):
+            return False
+        return any(
+            other.computed < enough <= len(other.tokens)
+            and other.request.salt == sequence.request.salt
+            and other.tokens[:enough] == sequence.tokens[:enough]
+            for other in self.running
+        )
 
     def _needed(self, sequence: Sequence, count: int) -> int:
         count += len(sequence.drafts)
