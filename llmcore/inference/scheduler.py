@@ -147,8 +147,8 @@ class Scheduler:
             look = self.prefix_caching and not sequence.wants_prompt_logprobs
             known = sequence.tokens if look else []
             found = self.cache.find_prefix(sequence.id, known, sequence.request.salt)
-            too_many = self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others
-            if too_many or (look and self._is_being_computed(sequence, found)):
+            lacking = self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others
+            if lacking or (look and self._is_being_run(sequence, found)):
                 self.cache.release(sequence.id)
                 return False
             sequence.computed = found
@@ -160,18 +160,13 @@ class Scheduler:
         self._outstanding += self._needed(sequence, sequence.remaining)
         return True
 
-    def _is_being_computed(self, sequence: Sequence, found: int) -> bool:
-        """Whether it is worth waiting for a prompt that is being run: half of what is to be run, or more, will then be
-        found. So of prompts that come at once and begin alike, the beginning is run once."""
-        half, size = (len(sequence.tokens) - found + 1) // 2, self.cache.block_size
-        enough = self.cache.blocks_for(found + half, size) * size
-        if enough >= len(sequence.tokens):
-            return False
-        return any(
-            other.computed < enough <= len(other.tokens)
-            and other.request.salt == sequence.request.salt
-            and other.tokens[:enough] == sequence.tokens[:enough]
-            for other in self.running
+    def _is_being_run(self, sequence: Sequence, found: int) -> bool:
+        """Whether another runs at least half of what the cache lacks of these tokens: it is soon found there."""
+        size, tokens = self.cache.block_size, sequence.tokens
+        half = found + -(-(len(tokens) - found) // (2 * size)) * size
+        return half < len(tokens) and any(
+            s.computed < half and s.request.salt == sequence.request.salt and s.tokens[:half] == tokens[:half]
+            for s in self.running
         )
 
     def _needed(self, sequence: Sequence, count: int) -> int:
