@@ -1,6 +1,6 @@
 """The engine beside other engines, and what it costs: SmolLM2-135M-Instruct.
 
-    python bench/engine.py --cache FOLDER [--only TEXT ...] [--rounds 3] [--threads 2] [--json FILE]
+    python bench/engine.py --cache FOLDER [--only TEXT ...] [--rounds 3] [--limit S] [--threads 2] [--json FILE]
         [--vllm-python PYTHON] [--openvino-python PYTHON]
     python bench/engine.py --table FILE      # prints what a file of results holds
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import random
 import statistics
 import sys
@@ -50,6 +51,7 @@ from llmcore.inference.decoder import Decoder
 NUM_REQUESTS, LENGTHS = 64, (16, 192)  # of prompts and of answers, uniform
 SHARED, SHARING, OWN = 1024, 32, (16, 48)  # tokens of the shared prompt, requests, tokens of their own
 SAMPLE = 4  # answers that are checked
+START = time.perf_counter()
 SETTLE = 0.05  # seconds between sides, in which the other's threads stop spinning
 
 
@@ -127,8 +129,11 @@ def measure_serve(row: Row, options: argparse.Namespace) -> dict:
         engine.serve([(tokens, 8) for tokens, _ in mixed(ids, -1, AT_ONCE)])
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     agreed: dict[str, str] = {}
-    names = list(engines)
+    names, longest = list(engines), 0.0
     for turn in range(options.rounds):
+        begin = time.perf_counter()
+        if turn > 0 and begin - START + longest > options.limit:
+            break
         requests = mixed(ids, turn)
         for name in names if turn % 2 == 0 else reversed(names):
             time.sleep(SETTLE)
@@ -138,6 +143,7 @@ def measure_serve(row: Row, options: argparse.Namespace) -> dict:
                 agreed[name] = check(row, ours, requests, outputs)
             else:
                 check_counts(row, requests, outputs)
+        longest = max(longest, time.perf_counter() - begin)
     result = summary(row, seconds) | {"agreed_tokens": agreed}
     tokens = sum(count for _, count in requests)
     result["tokens_per_second"] = {name: tokens / value for name, value in result["seconds"].items()}
@@ -371,6 +377,7 @@ def _figure(result: dict, name: str) -> str:
 
 def main() -> None:
     parser = options_parser(__doc__, rounds=3)
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no round of requests begins")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text())["rows"]))

@@ -20,7 +20,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        # the last tokens, since a token's text depends on those before it; and how much of their text was given
+        # The last tokens, since a token's text depends on those before it; and how much of their text was given. With
+        # a byte-level tokenizer only those of a character that has begun.
         self._window: list[int] = []
         self._given = 0
         self._waiting = ""
@@ -34,13 +35,18 @@ class TextStream:
 
     def feed(self, token: int, may_stop: bool = True) -> str:
         """The text that this token completes. Without `may_stop` a stop string that it completes is text."""
-        if self._tokenizer is None or self._tokenizer.id_to_token(token) is None:  # a row of the model's table that no
-            return ""  # token has
+        text = "" if self._tokenizer is None else self._tokenizer.text_of(token)
+        if text == "":
+            return ""
+        if text is not None and not self._window:
+            return self._hold_back(text, may_stop)
         self._window.append(token)
         now = self._decode(self._window)
         whole = now.rstrip(_INCOMPLETE)
         new, self._given = whole[self._given :], max(self._given, len(whole))
-        if whole == now and len(self._window) > _WINDOW:
+        if whole == now and self._tokenizer.is_byte_level:
+            self._window, self._given = [], 0
+        elif whole == now and len(self._window) > _WINDOW:
             self._shorten()
         return self._hold_back(new, may_stop)
 
@@ -54,9 +60,9 @@ class TextStream:
 
     def finish(self) -> str:
         """The text that waits."""
-        if self.stopped or not self._window:
+        if self.stopped:
             return ""
-        waits = self._hold_back(self._decode(self._window)[self._given :]) + self._waiting
+        waits = self._hold_back(self._decode(self._window)[self._given :] if self._window else "") + self._waiting
         self._parts.append(self._waiting)
         self._window, self._given, self._waiting = [], 0, ""
         return waits
@@ -68,6 +74,9 @@ class TextStream:
         """Of all text that waits, what can be no part of a stop string."""
         if self.stopped:
             return ""
+        if not self._stop:
+            self._parts.append(new)
+            return new
         text = self._waiting + new
         found = [at for at in map(text.find, self._stop) if at >= 0] if may_stop else []
         if found:

@@ -204,6 +204,28 @@ class Tokenizer:
         with _library_faults_as_value_errors():
             return self._plain.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def text_of(self, index: int) -> str | None:
+        """The text of a token wherever it stands: "" for special ones, and for ids without a token. None where that
+        depends on the tokens beside it: with another decoder than that of byte-level BPE, and of a part of a
+        character."""
+        if index not in self._texts:
+            text = None
+            if index not in self._known_ids:
+                text = ""
+            elif self.is_byte_level:
+                text = self.decode([index], skip_special_tokens=True)
+            self._texts[index] = None if text is None or "\ufffd" in text else text
+        return self._texts[index]
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether the text of tokens is that of their bytes one after another."""
+        return isinstance(self._plain.decoder, tokenizers.decoders.ByteLevel)
+
+    @cached_property
+    def _texts(self) -> dict[int, str | None]:
+        return {}
+
     # ---- chats
 
     def apply_chat_template(

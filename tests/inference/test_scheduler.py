@@ -153,3 +153,23 @@ def test_refuses_options():
         Scheduler(cache, max_batch_tokens=4, max_sequences=4)
     with pytest.raises(ValueError, match="preemption is 'drop'; accepted: 'recompute', 'swap'"):
         Scheduler(cache, max_batch_tokens=4, max_sequences=2, preemption="drop")
+
+
+def test_a_beginning_in_common_is_run_once():
+    """Prompts that come at once and begin alike: the others wait for the first one's step and find it."""
+    engine = Engine(MODEL, cache_tokens=512, block_size=4, max_batch_tokens=256, max_sequences=8)
+    engine.runner = FakeRunner(engine)
+    shared = [token % 7 for token in range(40)]
+    prompts = [[*shared, own, 7] for own in range(6)] + [[7] * 42]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=3, temperature=0))
+    assert engine.stats().tokens_prefilled == 42 + 5 * 2 + 42
+    assert [output.cached_tokens for output in outputs] == [0, *[40] * 5, 0]
+
+
+def test_a_short_beginning_in_common_delays_nobody():
+    engine = Engine(MODEL, cache_tokens=512, block_size=4, max_batch_tokens=256, max_sequences=8)
+    engine.runner = FakeRunner(engine)
+    prompts = [[1, 2, 3, 4, *[own] * 20] for own in range(4)]
+    for prompt in prompts:
+        engine.add(prompt, SamplingParams(max_tokens=2, temperature=0))
+    assert len(engine.step()) == 4

@@ -84,3 +84,13 @@ def test_special_tokens_and_ids_without_a_token_are_no_text():
     tokenizer = train_tokenizer([], kind="byte")
     ids = [*tokenizer.encode("a"), tokenizer.eos_id, tokenizer.vocab_size + 5, *tokenizer.encode("b")]
     assert "".join(pieces(tokenizer, ids)[0]) == "ab"
+
+
+def test_text_of_a_token_is_its_text_anywhere(tokenizer):
+    """Where it says so at all; "" for an id without a token."""
+    assert tokenizer.text_of(10**6) == ""
+    ids = tokenizer.encode("ab é你 a")
+    for at, index in enumerate(ids):
+        if (text := tokenizer.text_of(index)) is not None:
+            assert tokenizer.decode(ids[: at + 1]) == tokenizer.decode(ids[:at]) + text
+    assert any(tokenizer.text_of(index) for index in ids) == tokenizer.is_byte_level
