@@ -147,7 +147,8 @@ class Scheduler:
             look = self.prefix_caching and not sequence.wants_prompt_logprobs
             known = sequence.tokens if look else []
             found = self.cache.find_prefix(sequence.id, known, sequence.request.salt)
-            if self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others:
+            lacking = self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others
+            if lacking or (look and self._is_being_run(sequence, found)):
                 self.cache.release(sequence.id)
                 return False
             sequence.computed = found
@@ -158,6 +159,15 @@ class Scheduler:
         self._choices = choices
         self._outstanding += self._needed(sequence, sequence.remaining)
         return True
+
+    def _is_being_run(self, sequence: Sequence, found: int) -> bool:
+        """Whether another runs at least half of what the cache lacks of these tokens: it is soon found there."""
+        size, tokens = self.cache.block_size, sequence.tokens
+        half = found + -(-(len(tokens) - found) // (2 * size)) * size
+        return half < len(tokens) and any(
+            s.computed < half and s.request.salt == sequence.request.salt and s.tokens[:half] == tokens[:half]
+            for s in self.running
+        )
 
     def _needed(self, sequence: Sequence, count: int) -> int:
         count += len(sequence.drafts)
