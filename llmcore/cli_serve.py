@@ -34,12 +34,24 @@ def serve(args: argparse.Namespace) -> int:
     model = load(args.model, dtype=args.dtype, device=device, quantize=args.quantize)
     names = ("cache_tokens", "max_batch_tokens", "max_sequences")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    options |= {"adapters": _adapters(args.adapter)} if args.adapter else {}
     engine = Engine.from_language_model(model, **options)
     app = create_app(
         model, engine=engine, name=name, limits=limits, tool_parser=args.tool_parser,
         reasoning={"auto": None, "on": True, "off": False}[args.reasoning], pooling=args.pooling, page=not args.no_page,
     )  # fmt: skip
     return run(app, args.host, args.port, args.say)
+
+
+def _adapters(settings: list[str]) -> dict[str, str]:
+    """Names of adapters and their folders."""
+    adapters: dict[str, str] = {}
+    for setting in settings:
+        name, _, folder = setting.partition("=")
+        if not name or not folder or name in adapters:
+            raise ValueError(f"--adapter is {setting!r}; accepted: NAME=FOLDER, each name once")
+        adapters[name] = folder
+    return adapters
 
 
 def _embedder(args: argparse.Namespace, device: Any) -> Any:
@@ -67,6 +79,8 @@ def add_serve(add: Any, say: Any) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL)
     add_loading(p)
     p.add_argument("--name", help="what clients call the model (default: MODEL)")
+    text = "a LoRA adapter, which clients ask for as the model NAME (repeatable)"
+    p.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER", help=text)
     text = "0.0.0.0 for every network, then better with a key (default: 127.0.0.1, this machine alone)"
     p.add_argument("--host", default="127.0.0.1", help=text)
     p.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")

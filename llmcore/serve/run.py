@@ -14,7 +14,9 @@ from fastapi import FastAPI
 _SPARE = 2.0  # seconds between the requests' last moment and that of the process
 
 
-class _Server(uvicorn.Server):
+class ServerProcess(uvicorn.Server):
+    """uvicorn, with an orderly end. `started` is called when requests are accepted."""
+
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._started, self.interrupted = started, False
@@ -59,7 +61,7 @@ def serve(app: FastAPI, host: str, port: int, say: Callable[[str], None]) -> int
         app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 << 10,
         timeout_graceful_shutdown=max(1, round(served.limits.drain_timeout + _SPARE)),
     )  # fmt: skip
-    server = _Server(config, lambda: say(f"serving {served.name} at http://{shown}:{where[1]}"))
+    server = ServerProcess(config, lambda: say(f"serving {served.name} at http://{shown}:{where[1]}"))
     # before uvicorn has taken the signal over; and when it is done it raises it again, for whoever had it before
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     try:

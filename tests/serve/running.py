@@ -10,12 +10,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ECHO = [sys.executable, str(Path(__file__).parent / "echo_server.py")]
 SERVE = [sys.executable, "-m", "llmcore", "serve"]
 
@@ -25,7 +25,8 @@ class Server:
 
     def __init__(self, command: list[str], **environment: str) -> None:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([p for p in sys.path if p]), **environment}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        # not in the repository, whose sources `python -m` would find before the installed package
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=tempfile.gettempdir())
         self.log: list[str] = []
         lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, args=(lines,), daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import signal
@@ -9,8 +10,12 @@ import threading
 import time
 
 import pytest
+import uvicorn
 
+from llmcore.serve.app import create_app
+from llmcore.serve.run import ServerProcess
 from tests.serve.running import ECHO, SERVE
+from tests.serve.tiny import tiny_model
 
 openai = pytest.importorskip("openai")
 
@@ -82,16 +87,47 @@ def test_ctrl_c(start, folder):
 
 def test_a_client_that_leaves_frees_its_blocks(start):
     server = start(ECHO, "--delay", 0.02)
-    long = {"model": "echo", "prompt": "the cat", "max_tokens": 1500, "temperature": 0.0}
-    stream = server.client().completions.create(**long, stream=True)
+    long = {"model": "echo", "prompt": "the cat", "max_tokens": 2000, "temperature": 0.0}
+    stream = server.client().completions.create(**long, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     assert server.metrics()["llmcore_cache_blocks_used"] > 0
     stream.close()
-    server.idle()
+    assert server.idle()["llmcore_generated_tokens_total"] < 1000
     connection = http.client.HTTPConnection(server.host, server.port)
-    connection.request("POST", "/v1/completions", json.dumps(long), {"Content-Type": "application/json"})
+    body = json.dumps(long | {"ignore_eos": True})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     while not server.metrics()["llmcore_requests_running"]:
         time.sleep(0.02)
     connection.close()  # not streaming: the server has sent nothing yet
     metrics = server.idle()
-    assert metrics['llmcore_requests_total{path="/v1/completions",status="499"}'] >= 1
+    assert metrics["llmcore_generated_tokens_total"] < 2000
+    assert metrics['llmcore_requests_total{path="/v1/completions",status="499"}'] == 2
+
+
+def test_what_comes_while_it_ends():
+    """On connections that are still open, as uvicorn leaves them for a moment."""
+    app = create_app(tiny_model(), name="echo")
+    told = ServerProcess(uvicorn.Config(app), started=lambda: None)
+    told.handle_exit(signal.SIGTERM, None)
+    assert told.should_exit
+
+    async def status(method, path):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(ASKED).encode(), "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
+        await app(scope, receive, send)
+        return sent[0]["status"], dict(sent[0]["headers"])
+
+    for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions")):
+        code, headers = asyncio.run(status(method, path))
+        assert code == 503
+        assert int(headers[b"retry-after"]) >= 1
+    assert asyncio.run(status("GET", "/metrics"))[0] == 200
+    app.state.served.engine.close()

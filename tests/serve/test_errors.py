@@ -265,6 +265,7 @@ def test_wrong_options(folder, capsys):
         (["--timeout", "-1"], "timeout is -1.0"),
         (["--api-key", "\xe9"], "no ASCII"),
         (["--cache-tokens", "8", "--max-sequences", "4096"], "max_sequences is 4096"),
+        (["--adapter", "x"], "--adapter is 'x'; accepted: NAME=FOLDER"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--host", "192.0.2.1"], "can't listen at 192.0.2.1"),
     ]:
