@@ -90,9 +90,9 @@ class Adapters:
 
 @contextmanager
 def applied(model: Transformer, of_row: Sequence[Adapter | None]) -> Iterator[None]:
-    """Within it, `model` runs `len(of_row)` packed tokens, each with its own adapter. Rows without one get the bits that
-    they would get otherwise: every layer forms its own product for all rows first, and then each adapter's is added to
-    its rows."""
+    """Within it, `model` runs `len(of_row)` packed tokens, each with its own adapter. Rows without one get the bits
+    that they would get otherwise: every layer forms its own product for all rows first, and then each adapter's is
+    added to its rows."""
     rows_of: dict[Adapter, list[int]] = {}
     for row, adapter in enumerate(of_row):
         if adapter is not None:
@@ -126,8 +126,8 @@ def _add(parts: list[tuple[LowRank, Tensor | None]], layer: nn.Module, inputs: t
 def load_adapter(folder: str | Path, model: Transformer) -> Adapter:
     """An adapter that PEFT saved, for `model`: adapter_config.json and adapter_model.safetensors.
 
-    Its matrices are joined where the model's are (queries, keys and values are one, and so are gate and up). Layers that
-    can be adapted: those of attention and of dense and shared feed-forward layers.
+    Its matrices are joined where the model's are (queries, keys and values are one, and so are gate and up). Layers
+    that can be adapted: those of attention and of dense and shared feed-forward layers.
 
     Raises:
         CheckpointError: naming the file and what is wrong: another method than LoRA, a setting that is not done here
