@@ -91,8 +91,8 @@ class Adapters:
 @contextmanager
 def applied(model: Transformer, of_row: Sequence[Adapter | None]) -> Iterator[None]:
     """Within it, `model` runs `len(of_row)` packed tokens, each with its own adapter. Rows without one get the bits
-    that they would get otherwise: every layer forms its own product for all rows first, and then each adapter's is added to
-    its rows."""
+    that they would get otherwise: every layer forms its own product for all rows first, and then each adapter's is
+    added to its rows."""
     rows_of: dict[Adapter, list[int]] = {}
     for row, adapter in enumerate(of_row):
         if adapter is not None:

@@ -127,7 +127,7 @@ SPECULATORS = {
     "draft": lambda model: DraftSpeculator(nearly(model, 0.02), 3, **MANY),
     "bad draft": lambda model: DraftSpeculator(make(model.config, seed=9), 3, **MANY),
     "garbage": lambda model: Garbage(5, **MANY),
-    "few": lambda model: DraftSpeculator(nearly(model, 0.02), 4, max_batch=5),
+    "few": lambda model: DraftSpeculator(nearly(model, 0.02), 4, max_batch=12, max_rows=36),
     "small cache": lambda model: DraftSpeculator(nearly(model, 0.02), 3, cache_tokens=300, block_size=4, **MANY),
 }
 
