@@ -224,9 +224,9 @@ Status quantized_linear(const QuantizedLinearParams& p, const Device& device) {
   return "unknown dtype or format";
 }
 
-Status quantized_grouped_linear(const QuantizedGroupedLinearParams& g, const Device& device) {
-  LLMCORE_DISPATCH_QUANT(g.product.format, F,
-                         LLMCORE_DISPATCH_FLOAT(g.product.dtype, T, return (start_grouped<F, T>(g, device))))
+Status quantized_grouped_linear(const QuantizedGroupedLinearParams& p, const Device& device) {
+  LLMCORE_DISPATCH_QUANT(p.product.format, F,
+                         LLMCORE_DISPATCH_FLOAT(p.product.dtype, T, return (start_grouped<F, T>(p, device))))
   return "unknown dtype or format";
 }
 

@@ -48,6 +48,13 @@ def make_model_norm(config: ModelConfig) -> nn.Module:
 
 _QUANTIZED = (QuantizedEmbedding, QuantizedExperts, QuantizedLinear)
 
+
+def _num_weights(module: nn.Module) -> int:
+    """Of parameters and of what is quantised."""
+    quantized = sum(layer.num_weights for layer in module.modules() if isinstance(layer, _QUANTIZED))
+    return sum(p.numel() for p in module.parameters()) + quantized
+
+
 # The norms of each sublayer, by the ends of their names.
 _NORMS_OF_PLACEMENT = {
     "pre": ("norm",), "post": ("norm",), "sandwich": ("norm", "out_norm"), "output": ("out_norm",),
@@ -486,19 +493,16 @@ class Transformer(Stack):
     def num_parameters(self, active: bool = False) -> int:
         """How many parameters there are, a tied matrix counted once; with `active`, those one token's pass uses: of
         routed experts only its own, of the lookup tables and of multi-token prediction none."""
-        count = sum(p.numel() for p in self.parameters())
-        count += sum(layer.num_weights for layer in self.modules() if isinstance(layer, _QUANTIZED))
+        count = _num_weights(self)
         if not active:
             return count
         moe = self.config.moe
         for block in self.blocks:
             if isinstance(block.mlp, MoE):
-                routed = sum(
-                    weight.num_weights if isinstance(weight, QuantizedExperts) else weight.numel()
-                    for weight in (block.mlp.gate_up, block.mlp.down)
-                )
+                weights = (block.mlp.gate_up, block.mlp.down)
+                routed = sum(w.num_weights if isinstance(w, QuantizedExperts) else w.numel() for w in weights)
                 count -= routed // moe.num_experts * (moe.num_experts - moe.top_k)
-        count -= sum(p.numel() for p in self.mtp.parameters()) if self.mtp is not None else 0
+        count -= _num_weights(self.mtp) if self.mtp is not None else 0
         tables = [self.embed_positions, self.embed_tokens if self.lm_head is not None else None]
         return count - sum(table.num_embeddings * table.embedding_dim for table in tables if table is not None)
 

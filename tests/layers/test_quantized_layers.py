@@ -144,6 +144,18 @@ def test_quantised_experts_compute_what_their_numbers_do(options, wide):
             assert 0 < (ours.hidden - exact.hidden).norm() < 0.02 * exact.hidden.norm()
 
 
+def test_weights_of_multi_token_prediction_are_counted_as_before():
+    config = ModelConfig(
+        vocab_size=120, dim=64, num_layers=2, num_heads=4, ffn_dim=96, max_positions=64, mtp_layers=1,
+        moe=MoEConfig(6, 2, 96, balancing="none"),
+    )  # fmt: skip
+    model = Transformer(config)
+    counts = model.num_parameters(), model.num_parameters(active=True)
+    quantize_model(model, "q8_0")
+    assert isinstance(model.mtp[0].block.mlp.down, QuantizedExperts)
+    assert (model.num_parameters(), model.num_parameters(active=True)) == counts
+
+
 @pytest.mark.parametrize("format", ["q8_0", "q4_0", "q4_k"])
 def test_quantized_experts_in_a_model(format):
     torch.manual_seed(0)
