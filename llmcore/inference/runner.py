@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
 
@@ -65,13 +64,16 @@ class Runner:
 
     def _hidden(self, work: list[Work]) -> Tensor:
         """(tokens of the step, dim)"""
-        parts = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
-        counts = [len(part) for part in parts]
+        counts = [w.tokens for w in work]
         step = self.cache.extend([w.sequence.id for w in work], counts)
-        tokens = torch.tensor(list(itertools.chain.from_iterable(parts)), device=self.cache.device)
+        new: list[int] = []
+        for sequence, count, *_ in work:
+            new += sequence.tokens[sequence.computed : sequence.computed + count]
+            new += sequence.drafts
+        tokens = torch.tensor(new, device=self.cache.device)
         if self.batch_invariant:
             return self._row_by_row(tokens, step, counts)
-        if self._decoder is not None and len(tokens) <= self._decoder.MAX_TOKENS:
+        if self._decoder is not None and len(new) <= self._decoder.MAX_TOKENS:
             return self._decoder.hidden(tokens, step)
         return self.model(tokens, cache=step).hidden
 
@@ -95,7 +97,7 @@ class Runner:
         return torch.cat(hidden)
 
     def _logits(self, hidden: Tensor, rows: Sized[int]) -> Tensor:
-        if len(rows) < len(hidden):
+        if len(rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(rows, device=hidden.device)]
         if self.batch_invariant:
             return torch.cat([self.model.logits(part) for part in hidden.split(self._rows_at_once)])
@@ -137,7 +139,7 @@ def _rows(work: list[Work]) -> tuple[list[Row], list[int]]:
 
 def _draw(logits: Tensor, rows: list[Row]) -> dict[Sequence, Drawn]:
     """A token for each row, and of each sequence those up to the first draft that was wrong."""
-    if len(rows) != len(logits):  # siblings draw from one row
+    if len(rows) != logits.shape[0]:  # siblings draw from one row
         logits = logits[torch.tensor([row.at for row in rows], device=logits.device)]
     tokens, logprobs = draw_rows(logits, rows)
     result: dict[Sequence, Drawn] = {}
