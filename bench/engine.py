@@ -8,7 +8,8 @@ Options as those of bench/real_model.py. Rows of throughput: 64 requests whose p
 16 at a time, every side the same ones, other prompts in every round; tokens are those that the requests asked for. The
 sides take turns, both ways round; a ratio is the median over the rounds of the peer's time by ours. Each side's answers
 are checked: as many tokens as asked for, and those of some requests are what our model gives one request at a time, up
-to near-ties of the logits. Run it alone.
+to near-ties of the logits at the first difference. An engine's share of a step is all that is neither in the model's
+layers and logits nor in the drawing op; the Python inside those calls counts as theirs. Run it alone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -147,7 +146,7 @@ class PagedKVCache:
             self.v_caches,
             slot_mapping=self._tensor(room.slots, torch.int64),
             block_table=self._tensor(
-                [block for blocks in room.blocks for block in (*blocks, *[0] * (width - len(blocks)))], torch.int32
+                [blocks + [0] * (width - len(blocks)) for blocks in room.blocks], torch.int32
             ).view(len(room.blocks), width),
             kv_lens=self._tensor(room.lengths, torch.int32),
             positions=self._tensor(room.positions, torch.int64),
@@ -271,8 +270,5 @@ class PagedKVCache:
             raise KeyError(f"sequence {sequence} is not in the cache; it holds {sorted(self._held)}")
         return self._held[sequence]
 
-    def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        if not values:
-            return torch.empty(0, dtype=dtype, device=self.device)
-        flat = array("i" if dtype == torch.int32 else "q", values)  # several times as quick as torch.tensor of a list
-        return torch.frombuffer(flat, dtype=dtype).to(self.device)
+    def _tensor(self, values: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)

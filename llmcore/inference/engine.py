@@ -41,9 +41,7 @@ class Engine:
         cache_tokens: room for keys and values, shared by all requests; None: 16 times the model's longest sequence,
             but no more than 65536 tokens.
         cache_dtype: None: the model's; int8 and float8_e4m3fn take half of bfloat16's memory.
-        max_batch_tokens, max_sequences, preemption: see `Scheduler`. Without, a step is 512 tokens on the CPU, where
-            larger products are hardly quicker and texts would wait for each, and 2048 on a GPU; twice max_sequences
-            where that is more.
+        max_batch_tokens, max_sequences, preemption: see `Scheduler`.
         prefix_caching: what the cache holds of earlier requests is not computed again.
         batch_invariant: see `Runner`.
         speculator: guesses tokens that the model then checks several at a time (`llmcore.inference.speculation`).
@@ -60,7 +58,7 @@ class Engine:
         cache_tokens: int | None = None,
         cache_dtype: torch.dtype | None = None,
         block_size: int = 16,
-        max_batch_tokens: int | None = None,
+        max_batch_tokens: int = 2048,
         max_sequences: int = 64,
         preemption: Literal["recompute", "swap"] = "recompute",
         prefix_caching: bool = True,
@@ -81,8 +79,6 @@ class Engine:
             dtype=cache_dtype or model.dtype,
             device=model.device,
         )
-        if max_batch_tokens is None:
-            max_batch_tokens = max(512 if model.device.type == "cpu" else 2048, 2 * max_sequences)
         self.scheduler = Scheduler(
             self.cache, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, preemption=preemption,
             prefix_caching=prefix_caching,
