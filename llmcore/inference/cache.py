@@ -112,6 +112,10 @@ class PagedKVCache:
         """Tokens of a sequence in the cache; 0 for one that it does not hold."""
         return self._held[sequence].length if sequence in self._held else 0
 
+    def blocks(self, sequence: int) -> list[int]:
+        """The blocks that hold a sequence, in order."""
+        return list(self._find(sequence).blocks)
+
     def blocks_needed(self, sequence: int, count: int) -> int:
         """Blocks that must be free for `count` more tokens of a sequence."""
         held = self._held.get(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
 
@@ -44,16 +45,16 @@ def draw_rows(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], list[
 
 def _sample(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], Tensor]:
     settings = [row.sequence.request.sampling for row in rows]
-    if all(s == settings[0] for s in settings):
-        temperature, top_k, top_p, min_p = settings[0]
-        greedy = temperature == 0
+    first, device = settings[0], logits.device
+    if all(s == first for s in settings):
+        temperature, top_k, top_p, min_p, seeds, positions = _same(first, len(rows), device)
+        greedy = first[0] == 0
     else:
-        temperature, top_k, top_p, min_p = (torch.tensor(values, device=logits.device) for values in zip(*settings))
+        temperature, top_k, top_p, min_p = (torch.tensor(values, device=device) for values in zip(*settings))
         greedy = False
-    seeds = positions = 0
     if not greedy:
-        seeds = torch.tensor([row.sequence.seed for row in rows], device=logits.device)
-        positions = torch.tensor([len(row.sequence.tokens) + row.drafts for row in rows], device=logits.device)
+        seeds = torch.tensor([row.sequence.seed for row in rows], device=device)
+        positions = torch.tensor([len(row.sequence.tokens) + row.drafts for row in rows], device=device)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     try:
         tokens, logprobs = ops.sample(logits, **given, seeds=seeds, positions=positions)
@@ -65,6 +66,13 @@ def _sample(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], Tensor]
         tokens, logprobs = ops.sample(logits.masked_fill(bad, 0), **given, seeds=seeds, positions=positions)
         tokens = tokens.masked_fill(bad[:, 0], -1)
     return [token if token >= 0 else None for token in tokens.tolist()], logprobs
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _same(settings: tuple, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """One request's settings for every row, and seeds and positions that are 0: six tensors that most steps share."""
+    return tuple(torch.full((rows,), value, device=device) for value in (*settings, 0, 0))
 
 
 def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
@@ -97,21 +105,23 @@ def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
 def token_logprobs(
     logits: Tensor, tokens: Sized[int], counts: int | Sized[int], known: Tensor | None = None
 ) -> list[TokenLogprob]:
-    """Of one token per row of logits, and of the `counts` likeliest ones.
+    """Of one token per row of logits, and of the `counts` likeliest ones; ranks only where some are asked for.
 
     Args:
         known: (rows,) float32, the tokens' log-probabilities, where they are known already.
     """
     counts = [counts] * len(tokens) if isinstance(counts, int) else counts
+    most = min(max(counts), logits.shape[1])
+    if most == 0 and known is not None:
+        return [TokenLogprob(token, logprob, 0, {}) for token, logprob in zip(tokens, known.tolist())]
     own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-    ranks = (logits > own).sum(dim=1) + 1
+    ranks = [0] * len(tokens) if most == 0 else ((logits > own).sum(dim=1) + 1).tolist()
     own = own[:, 0].float()
     total = logits.float().logsumexp(dim=-1) if known is None else own - known
     logprobs = (own - total).tolist()
-    most = min(max(counts), logits.shape[1])
     tops: list[dict[int, float]] = [{} for _ in tokens]
     if most:
         top = logits.topk(most, dim=-1)
         values = (top.values.float() - total[:, None]).tolist()
         tops = [dict(zip(i[:n], v[:n])) for i, v, n in zip(top.indices.tolist(), values, counts)]
-    return [TokenLogprob(*of) for of in zip(tokens, logprobs, ranks.tolist(), tops)]
+    return [TokenLogprob(*of) for of in zip(tokens, logprobs, ranks, tops)]

@@ -238,8 +238,9 @@ class Engine:
         try:
             drawn = self.runner.run(work)
         except BaseException:  # what the cache holds of them is unknown
-            for w in work:
-                self.abort(w.sequence.request.id)
+            self._untold += [
+                d for w in work for d in self.abort(w.sequence.request.id) if d.request_id not in self._inboxes
+            ]
             raise
         for w in work:
             for delta in self._take(w, drawn):
@@ -247,7 +248,8 @@ class Engine:
 
     def _guess(self) -> None:
         """Lets the speculator guess what follows the texts that are being written."""
-        writing = [s for s in self.scheduler.running if s.remaining == 1]
+        # none where choices begin: they share what the cache holds of the first, which must not be a guess
+        writing = [s for s in self.scheduler.running if s.remaining == 1 and not s.forks_to_come]
         counts = [s.request.max_tokens - s.num_output - 1 for s in writing]  # the model adds one
         for sequence, drafts, most in zip(writing, self.speculator.propose(writing, counts), counts):
             sequence.drafts = list(drafts[:most])

@@ -21,7 +21,8 @@ class Finish(enum.Enum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Of one token: its log-probability, its rank among all (1 is the likeliest), and the likeliest ones', by id."""
+    """Of one token: its log-probability, its rank among all (1 is the likeliest; 0 where no others were asked for), and
+    the likeliest ones', by id."""
 
     token: int
     logprob: float

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from llmcore import ops
-from llmcore.inference.sampling import draw, probabilities
+from llmcore.inference import SamplingParams
+from llmcore.inference.draw import Row, draw_rows
+from llmcore.inference.sampling import probabilities
+from llmcore.inference.sequence import Request, Sequence
+from llmcore.inference.text import TextStream
 
 P = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
 
@@ -87,30 +91,40 @@ def test_masked_tokens_have_no_probability():
     assert p.tolist() == [[0, 0.5, 0, 0.5]]
 
 
-def test_draw_takes_seeds_of_64_bits():
+def draw(logits, seeds, position, **settings):
+    """Tokens and log-probabilities of requests that have `position` tokens."""
+    rows = []
+    for at, seed in enumerate(seeds):
+        request = Request("a", [0] * position, SamplingParams(logprobs=0, **settings))
+        rows.append(Row(Sequence(at, request, 0, list(request.prompt), seed, TextStream(None)), 0, at))
+    return draw_rows(logits, rows)
+
+
+def test_draws_with_seeds_and_positions():
     logits = torch.zeros(3, 1000)
-    seeds = [2**64 - 5, -5, 2**63]
-    tokens, _ = draw(logits, seeds, [1, 1, 1])
+    tokens, _ = draw(logits, [-5, -5, -(2**63)], 1)
     assert tokens[0] == tokens[1] != tokens[2]
     expected, _ = ops.sample(logits, seeds=torch.tensor([-5, -5, -(2**63)]), positions=1)
     assert tokens == expected.tolist()
 
 
-def test_draw_applies_its_settings():
+def test_draws_by_its_settings():
     logits = P.log().expand(200, -1)
-    tokens, logprobs = draw(logits, range(200), [0] * 200, top_k=3)
+    tokens, told = draw(logits, range(200), 1, top_k=3)
     assert set(tokens) == {1, 3, 4}
-    torch.testing.assert_close(torch.tensor(logprobs), logits.log_softmax(-1)[0, tokens].float())
-    assert set(draw(logits, range(200), [0] * 200, temperature=0)[0]) == {1}
-    assert set(draw(logits, range(200), [0] * 200, top_p=0.5)[0]) == {1, 3}
-    assert set(draw(logits, range(200), [0] * 200, min_p=0.3)[0]) == {1, 3, 4}
+    logprobs = torch.tensor([t.logprob for t in told])
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[0, tokens].float())
+    assert set(draw(logits, range(200), 1, temperature=0)[0]) == {1}
+    assert set(draw(logits, range(200), 1, top_p=0.5)[0]) == {1, 3}
+    assert set(draw(logits, range(200), 1, min_p=0.3)[0]) == {1, 3, 4}
 
 
-def test_draw_raises_where_the_op_does_not_look(monkeypatch):
-    """On a GPU the op marks a bad row by token -1."""
-    monkeypatch.setattr(ops, "sample", lambda logits, **_: (torch.tensor([4, -1]), None))
-    with pytest.raises(RuntimeError, match=r"logits of row 1 hold NaN or \+inf, or are all -inf"):
-        draw(torch.zeros(2, 5), [0, 1], [0, 0])
+def test_a_bad_row_on_a_gpu(monkeypatch):
+    """There the op marks it by token -1."""
+    monkeypatch.setattr(ops, "sample", lambda logits, **_: (torch.tensor([4, -1]), torch.zeros(2)))
+    tokens, told = draw(torch.zeros(2, 5), [0, 1], 1)
+    assert tokens == [4, None]
+    assert told[1] is None
 
 
 @pytest.mark.parametrize(
@@ -136,6 +150,7 @@ def test_refuses_logits_that_are_no_distribution(bad, temperature):
     logits = torch.zeros(3, 4)
     logits[1] = float("-inf")
     logits[1, 2] = float(bad)
-    for function in (probabilities, lambda x, **settings: draw(x, [1, 2, 3], [0, 0, 0], **settings)):
-        with pytest.raises(RuntimeError, match=r"logits of row 1 hold NaN or \+inf, or are all -inf"):
-            function(logits, temperature=temperature)
+    with pytest.raises(RuntimeError, match=r"logits of row 1 hold NaN or \+inf, or are all -inf"):
+        probabilities(logits, temperature=temperature)
+    tokens, told = draw(logits, [1, 2, 3], 1, temperature=temperature)
+    assert [t is None for t in tokens] == [t is None for t in told] == [False, True, False]
