@@ -1,4 +1,5 @@
-"""The command line: ``llmcore quickstart | pretrain | generate | chat | solve | perplexity | tokenizer train | info``.
+"""The command line: ``llmcore quickstart | pretrain | generate | chat | solve | perplexity | serve | tokenizer train |
+info``.
 
 What a user got wrong is one line on stderr and exit code 2, a run that diverged is 1, Ctrl-C is 130; anything else is a
 bug and shows its trace.
@@ -16,6 +17,7 @@ import warnings
 from pathlib import Path
 
 from llmcore.cli_models import add_commands
+from llmcore.cli_serve import add_serve
 
 USER_ERROR, DIVERGED = 2, 1
 
@@ -178,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", **device)
 
     add_commands(add)
+    add_serve(add, _say)
 
     p = commands.add_parser("tokenizer", help="Train a tokenizer.", description="Train a tokenizer.")
     p = add("train", tokenizer_train, "Train a tokenizer on text.", p.add_subparsers(required=True, metavar="COMMAND"))

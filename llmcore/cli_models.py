@@ -182,6 +182,11 @@ def perplexity(args: argparse.Namespace) -> int:
 
 def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    add_loading(p)
+
+
+def add_loading(p: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
     text = "auto (the GPU where there is one), cpu, cuda or cuda:N"
     p.add_argument("--device", default="auto", metavar="DEVICE", help=text)
     text = "float32, bfloat16 or float16 (default: as stored)"

@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoints": set(),
     "recipes": set(),
     "training": {"inference", "models", "layers", "ops", "data", "tokenizers", "checkpoints", "recipes"},
+    "serve": {"inference", "models", "layers", "ops", "tokenizers", "checkpoints"},
     "evaluation": {"inference", "models", "layers", "ops", "data", "tokenizers", "checkpoints"},
 }
 

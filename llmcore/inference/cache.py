@@ -152,6 +152,7 @@ class PagedKVCache:
             cu_seqlens_q=None if all(count == 1 for count in counts) else self._tensor(starts, torch.int32),
             k_scales=self.k_scales,
             v_scales=self.v_scales,
+            sequences=tuple(sequences),
         )
 
     def make_room(self, sequences: Sequence[int], counts: Sequence[int]) -> Room:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmcore import ops
+from llmcore.inference.constraints import Matcher, mask_logits_
 from llmcore.inference.sequence import Sequence, TokenLogprob
 
 
@@ -78,6 +79,7 @@ def _same(settings: tuple, rows: int, device: torch.device) -> tuple[Tensor, ...
 def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
     """The logits with biases, penalties and what may not be drawn yet; a copy where anything changes."""
     changed = logits
+    constrained: list[tuple[int, Matcher, list[int]]] = []
     for index, (sequence, drafts, _) in enumerate(rows):
         if not sequence.request.adjusts:
             continue
@@ -95,10 +97,12 @@ def _adjusted(logits: Tensor, rows: Sized[Row]) -> Tensor:
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=logits.device)
             row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=logits.device)
-        if sequence.num_output + drafts < params.min_tokens and sequence.request.stop_ids:
+        if sequence.matcher is not None:  # which says itself where a text may end
+            constrained.append((index, sequence.matcher, sequence.drafts[:drafts]))
+        elif sequence.num_output + drafts < params.min_tokens and sequence.request.stop_ids:
             row[list(sequence.request.stop_ids)] = -torch.inf
-        if sequence.matcher is not None:
-            row.masked_fill_(~sequence.matcher.allowed().to(logits.device), -torch.inf)
+    if constrained:
+        mask_logits_(changed, constrained)
     return changed
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from llmcore.inference.cache import PagedKVCache
+from llmcore.inference.constraints import Matcher
 from llmcore.inference.params import SamplingParams
 from llmcore.inference.runner import Drawn, Runner
 from llmcore.inference.scheduler import Scheduler, Work
@@ -98,7 +99,7 @@ class Engine:
 
         Raises:
             ValueError: for an empty prompt, a token outside the vocabulary, more than the model or the cache can hold,
-                or an id that is in use.
+                or an id that is in use; and for a wrong constraint (see `prepare`).
         """
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is in use")
@@ -165,7 +166,7 @@ class Engine:
         matcher = None
         if params.constraint is not None:
             first = request.sequences[0].matcher if request.sequences else None
-            matcher = first.fork() if first else self._matcher(params.constraint)
+            matcher = first.fork() if first is not None else self.prepare(params)
         sequence = Sequence(
             id=next(self._sequence_ids),
             request=request,
@@ -178,10 +179,19 @@ class Engine:
         request.sequences.append(sequence)
         return sequence
 
-    def _matcher(self, constraint: Any) -> Any:
+    def prepare(self, params: SamplingParams) -> Matcher | None:
+        """A matcher of the constraint, if there is one. Compiles it, which may take a second, unless that has been
+        done: where others wait for the engine's thread, call this in another one before `add`, with the same params.
+
+        Raises:
+            ValueError: for a constraint that is wrong or too large.
+            ImportError: for one whose package is missing.
+        """
+        if params.constraint is None:
+            return None
         if self.tokenizer is None:
             raise ValueError("constraint is given, but the engine has no tokenizer; accepted: None")
-        return constraint.matcher(self.tokenizer, self.model.config.vocab_size)
+        return params.constraint.matcher(self.tokenizer, self.model.config.vocab_size, self.stop_ids)
 
     def abort(self, request_id: str) -> list[Delta]:
         """Ends a request that has not finished, and frees what it holds. Gives the last delta of each choice. Unknown

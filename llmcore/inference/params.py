@@ -31,7 +31,8 @@ class SamplingParams:
         logprobs: how many of the likeliest tokens to tell the log-probability of, besides the chosen token's; None: no
             log-probabilities at all. Those of the model, before temperature and filters.
         prompt_logprobs: the same for the tokens of the prompt.
-        constraint: what the text must be (see `llmcore.inference.constraints`).
+        constraint: what the text must be (see `llmcore.inference.constraints`). It ends where that is complete,
+            min_tokens or not.
         adapter: the name of the LoRA adapter to run with.
     """
 

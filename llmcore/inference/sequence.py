@@ -16,7 +16,7 @@ class Finish(enum.Enum):
     STOP = "stop"  # a stop token or string, or the end of what a constraint allows
     LENGTH = "length"
     ABORT = "abort"
-    ERROR = "error"  # the model's logits were no numbers
+    ERROR = "error"  # the model's logits were no numbers, or nothing may be drawn
 
 
 @dataclass(frozen=True)

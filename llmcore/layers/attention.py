@@ -25,6 +25,7 @@ class CacheStep:
         positions: (total,) int64, the position of each token in its sequence.
         cu_seqlens_q: (batch + 1,) int32, where each sequence's tokens begin; None when every sequence has one.
         k_scales, v_scales: per layer, (num_blocks, block_size, num_kv_heads) float32, of caches of 8 bits.
+        sequences: the caller's number of each sequence, where it is told.
     """
 
     k_caches: list[Tensor]
@@ -36,6 +37,7 @@ class CacheStep:
     cu_seqlens_q: Tensor | None = None
     k_scales: list[Tensor] | None = None
     v_scales: list[Tensor] | None = None
+    sequences: tuple[int, ...] | None = None
 
 
 class Attention(nn.Module):
@@ -103,6 +105,7 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: CacheStep | None = None,
         layer: int = 0,
+        position_bias: Tensor | None = None,
     ) -> Tensor:
         """Attends within each row of a batch, within each packed document, or over a cache.
 
@@ -112,6 +115,7 @@ class Attention(nn.Module):
                 seq, which packed tokens can't go without.
             cu_seqlens: (documents + 1,) int32, where each packed document begins; the last entry is total.
             cache: writes the new keys and values of this `layer` into the cache, then attends over it.
+            position_bias: (num_heads, odd), added to the scores by distance: see `llmcore.ops.attention`.
 
         Returns:
             (batch, seq, dim) or (total, dim), as x.
@@ -131,7 +135,7 @@ class Attention(nn.Module):
                 q, k, v = qkv.unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
             out = ops.attention(
                 q, k, v, causal=self.causal, sinks=self.sinks, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                **self.options,
+                position_bias=position_bias, **self.options,
             )  # fmt: skip
         else:
             k_cache, v_cache = cache.k_caches[layer], cache.v_caches[layer]
@@ -143,7 +147,7 @@ class Attention(nn.Module):
             )
             out = ops.paged_attention(
                 q, k_cache, v_cache, cache.block_table, cache.kv_lens, cu_seqlens_q=cache.cu_seqlens_q,
-                causal=self.causal, sinks=self.sinks, **self.options, **scales,
+                causal=self.causal, sinks=self.sinks, position_bias=position_bias, **self.options, **scales,
             )  # fmt: skip
         return self.out(out.flatten(-2))
 

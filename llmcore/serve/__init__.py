@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: `llmcore serve MODEL`. Needs `pip install 'llmcore[serve]'`."""
