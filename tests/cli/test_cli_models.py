@@ -89,9 +89,9 @@ def test_solve(folder, capsys, tmp_path):
     assert captured.out == expected.text.strip() + "\n"
     assert f"; {expected.usage.generated_tokens} tokens generated in 1 requests" in captured.err
 
-    sets = ["--set", "n=3", "--set", "weighted=true", "--set", "scorer=verify"]
+    sets = ["--set", "n=3", "--set", "weighted=true", "--set", "scorer=probability"]
     result = json.loads(run(capsys, *ask, "--strategy", "best-of-n", *sets, "--json").out)
-    assert (result["strategy"], len(result["candidates"]), result["usage"]["requests"]) == ("best-of-n", 3, 4)
+    assert (result["strategy"], len(result["candidates"]), result["usage"]["requests"]) == ("best-of-n", 3, 1)
     option = {"spec": spec, "accuracy": [0.5], "tokens": [9], "questions": [1]}
     (tmp_path / "table.json").write_text(json.dumps({"edges": [], "options": [option]}))
     chooser = ["--strategy", "compute-optimal", "--table", tmp_path / "table.json", "--set", "budget=500"]
