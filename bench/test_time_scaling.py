@@ -96,7 +96,10 @@ def scored(scorer: str, problem: Problem, samples: Sequence[Candidate]) -> Steps
     return StrategyResult("", candidates[0], candidates)
 
 
-def measure(engine: Engine, questions: Sequence[WordProblem], args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    engine: Engine, questions: Sequence[WordProblem], args: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Row]:
+    """Every row; what there is so far is saved as it goes."""
     problems = [problem_for(engine, messages(question)) for question in questions]
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=1, logprobs=0)
     greedy = SamplingParams(max_tokens=args.max_tokens, temperature=0.0)
@@ -107,6 +110,7 @@ def measure(engine: Engine, questions: Sequence[WordProblem], args: argparse.Nam
         results = drive_all(engine, steps)
         rows[name] = ran(questions, results)
         print(f"{name}: {statistics.fmean(rows[name].right):.3f}", file=sys.stderr, flush=True)
+        save({"rows": {name: told(row) for name, row in rows.items()}})
         return results
 
     run("greedy", "chain-of-thought", greedy, instruction=None)
@@ -128,6 +132,7 @@ def measure(engine: Engine, questions: Sequence[WordProblem], args: argparse.Nam
             rows[f"weighted best-of-n by {name}, n = {k}"] = grouped(questions, by_scorer[name], k, by_weight, extra)
         rows[f"best-of-n by a perfect verifier, n = {k}"] = grouped(questions, perfect, k, by_score)
         k *= 2
+    save({"rows": {name: told(row) for name, row in rows.items()}, "chooser": chooser(samples, rows, args)})
     run("beam search, 4 beams", "beam-search", greedy, num_beams=4)
     steps = {"n": 8, "width": 4, "step_end": ".", "max_steps": 8, "scorer": "probability"}
     run("step search by probability, n = 8", "step-search", **steps)
@@ -136,27 +141,25 @@ def measure(engine: Engine, questions: Sequence[WordProblem], args: argparse.Nam
     marks = {"begin": "", "end": "The answer is", "answer": "", "max_thinking": args.max_tokens}
     for waits in (0, 1, 2):
         run(f"budget forcing, {waits} waits", "budget-forcing", greedy, waits=waits, **marks)
-    return {
-        "rows": {
-            name: {
-                "accuracy": statistics.fmean(row.right), "interval": interval(row.right),
-                "tokens": statistics.fmean(row.tokens),
-            } for name, row in rows.items()
-        },
-        "chooser": chooser(samples, rows, args),
-    }  # fmt: skip
+    return rows
+
+
+def told(row: Row) -> dict[str, Any]:
+    accuracy, tokens = statistics.fmean(row.right), statistics.fmean(row.tokens)
+    return {"accuracy": accuracy, "interval": interval(row.right), "tokens": tokens}
 
 
 def chooser(samples: Sequence[Sequence[Candidate]], rows: dict[str, Row], args: argparse.Namespace) -> dict[str, Any]:
     """Every second question makes the table; on the others its choice at a mean budget per question is held against
-    the same budget spent in one way for all. How hard a question is, a pilot of 4 samples tells, whose tokens count."""
+    the same budget spent in one way for all. How hard a question is, its first 4 samples tell, whose tokens
+    stand beside and are not in the budget; votes count these samples too."""
     agreement = [vote([c.answer for c in own[:4]])[1] for own in samples]
     pilot = [sum(len(c.tokens) for c in own[:4]) for own in samples]
     names = {f"self-consistency, n = {k}": {"name": "self-consistency", "n": k} for k in (1, 4, args.samples)}
     names |= {"greedy": {"name": "chain-of-thought", "instruction": None}}
     known, held_out = range(0, len(samples), 2), range(1, len(samples), 2)
     records = [
-        Record(number, agreement[q], rows[name].right[q] > 0.5, int(rows[name].tokens[q]))
+        Record(number, agreement[q], rows[name].right[q], rows[name].tokens[q])
         for number, name in enumerate(names)
         for q in known
     ]
@@ -192,16 +195,21 @@ def main() -> None:
     model = llmcore.load(args.model, dtype="bfloat16")
     engine = Engine.from_language_model(model, cache_tokens=32768)
     questions = list(word_problems(args.questions, seed=1, steps=tuple(args.steps)))
-    result = {
+    result: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv), "model": args.model, "questions": args.questions,
         "steps": list(args.steps), "samples": args.samples, "max_tokens": args.max_tokens,
-        "temperature": args.temperature, "instruction": INSTRUCTION, **measure(engine, questions, args),
+        "temperature": args.temperature, "instruction": INSTRUCTION,
     }  # fmt: skip
+
+    def save(more: dict[str, Any]) -> None:
+        result.update(more)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    measure(engine, questions, args, save)
     for name, row in sorted(result["rows"].items(), key=lambda item: item[1]["tokens"]):
         low, high = row["interval"]
         print(f"{row['tokens']:8.0f} tokens  {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]  {name}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

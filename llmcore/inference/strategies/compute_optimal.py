@@ -33,12 +33,12 @@ class Option:
 
 
 class Record(NamedTuple):
-    """One question answered in one way."""
+    """One question answered in one way: `correct` is whether it was right, or the share of several runs that were."""
 
     option: int
     agreement: float
-    correct: bool
-    tokens: int
+    correct: float
+    tokens: float
 
 
 @dataclass(frozen=True)
