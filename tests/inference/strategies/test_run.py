@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from llmcore.inference.async_engine import AsyncEngine
 from llmcore.inference.engine import Engine
 from llmcore.inference.params import SamplingParams
 from llmcore.inference.sequence import Completion, Finish, RequestOutput
@@ -303,3 +304,28 @@ def test_cancelling_and_failing_abort_what_is_open(model):
     engine = Async(make_engine(model))
     asyncio.run(failing(engine))
     assert engine.open == 0
+
+
+def test_on_the_asynchronous_engine(model):
+    """All strategies at a time beside a stream: each gives what it gives alone, and nothing is left in the cache."""
+    expected = [run_strategy(make_engine(model), CHAT, spec, PARAMS).chosen.tokens for spec in SPECS]
+    engine = make_engine(model)
+
+    async def main():
+        running = AsyncEngine(engine)
+        beside = [delta async for delta in running.stream([5, 6, 7], SamplingParams(max_tokens=4))]
+        results = await asyncio.gather(*(run_strategy_async(running, CHAT, spec, PARAMS) for spec in SPECS))
+        cancelled = asyncio.create_task(run_strategy_async(running, CHAT, {"name": "beam-search"}, PARAMS))
+        while not running.stats().running:
+            await asyncio.sleep(0.001)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert await running.drain(60)
+        running.close()
+        return beside, results
+
+    beside, results = asyncio.run(main())
+    assert sum(len(delta.tokens) for delta in beside) == 4
+    assert [result.chosen.tokens for result in results] == expected
+    assert engine.cache.num_free_blocks == engine.cache.num_blocks
