@@ -93,6 +93,8 @@ class DecodeGraph:
             block_table=self._inputs[:, 4:].int(),
             kv_lens=lengths.int(),
             positions=positions.contiguous(),
+            k_scales=self.cache.k_scales,
+            v_scales=self.cache.v_scales,
         )
         return self.model.logits(self.model(tokens.contiguous(), cache=step).hidden)
 

@@ -98,9 +98,9 @@ def _stream(
     try:
         for index, delta in engine.stream(prompts, params):
             check_delta(index, delta)
-            for token, logprob in zip(delta.tokens, delta.logprobs):
-                last = delta.finish is not None and token is delta.tokens[-1]
-                yield NewToken(index, token, logprob.logprob, last)
+            for place, (token, told) in enumerate(zip(delta.tokens, delta.logprobs or ()), 1):
+                last = delta.finish is not None and place == len(delta.tokens)
+                yield NewToken(index, token, told.logprob, last)
     finally:
         model.train(was_training)
 

@@ -294,7 +294,7 @@ class _Run:
                 check_delta(index, delta)
                 done = self.completions[index]
                 done.tokens.extend(delta.tokens)
-                done.logprobs.extend(of.logprob for of in delta.logprobs)
+                done.logprobs.extend(told.logprob for told in delta.logprobs or ())
                 parts[index].append(delta.text)
                 if delta.finish is not None:
                     self.completions[index] = done._replace(

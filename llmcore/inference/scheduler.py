@@ -100,9 +100,11 @@ class Scheduler:
 
     def _continue(self, sequence: Sequence) -> Work | None:
         """Plans for a running sequence; those after it give way where blocks are lacking. None: it did itself."""
-        count = 1 if sequence.remaining == 1 else min(sequence.remaining, self._spare)
-        taken = count if sequence.remaining > 1 else 0
-        del sequence.drafts[max(0, self._spare - taken) if count == sequence.remaining else 0 :]
+        remaining = sequence.remaining
+        count = 1 if remaining == 1 else min(remaining, self._spare)
+        taken = count if remaining > 1 else 0
+        if sequence.drafts:
+            del sequence.drafts[max(0, self._spare - taken) if count == remaining else 0 :]
         while (needed := self._needed(sequence, count)) > self.cache.num_free_blocks - self._planned:
             if sequence.drafts:
                 sequence.drafts.clear()
@@ -113,7 +115,7 @@ class Scheduler:
                 return None
         self._planned += needed
         self._spare -= taken + len(sequence.drafts)
-        return Work(sequence, count, count == sequence.remaining)
+        return Work(sequence, count, count == remaining)
 
     def _begin_waiting(self) -> list[Work]:
         """Begins waiting sequences while there is room for all that each has, and for one more block of each text."""
@@ -147,7 +149,8 @@ class Scheduler:
             look = self.prefix_caching and not sequence.wants_prompt_logprobs
             known = sequence.tokens if look else []
             found = self.cache.find_prefix(sequence.id, known, sequence.request.salt)
-            if self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others:
+            lacking = self._needed(sequence, len(sequence.tokens) - found) > self.cache.num_free_blocks - others
+            if lacking or (look and self._is_being_run(sequence, found)):
                 self.cache.release(sequence.id)
                 return False
             sequence.computed = found
@@ -158,6 +161,15 @@ class Scheduler:
         self._choices = choices
         self._outstanding += self._needed(sequence, sequence.remaining)
         return True
+
+    def _is_being_run(self, sequence: Sequence, found: int) -> bool:
+        """Whether another runs at least half of what the cache lacks of these tokens: it is soon found there."""
+        size, tokens = self.cache.block_size, sequence.tokens
+        half = found + -(-(len(tokens) - found) // (2 * size)) * size
+        return half < len(tokens) and any(
+            s.computed < half and s.request.salt == sequence.request.salt and s.tokens[:half] == tokens[:half]
+            for s in self.running
+        )
 
     def _needed(self, sequence: Sequence, count: int) -> int:
         count += len(sequence.drafts)

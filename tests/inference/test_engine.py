@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from llmcore.inference import Engine, Finish, SamplingParams
+from llmcore.inference import Engine, Finish, SamplingParams, runner
 from llmcore.layers import quantize_model
 from llmcore.models import llama
 from tests.inference.engines import CONFIGS, TEXT, all_free, by_full_passes, make, requests, serve
@@ -31,8 +31,11 @@ def expected(name):
     return model, by_full_passes(model, ASKED)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", CONFIGS)
+CASES = [("llama", options) for options in OPTIONS]
+CASES += [(n, o) for n in CONFIGS if n != "llama" for o in ("prefixes", "chunks", "recompute", "swap, prefixes")]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
 def test_greedy_requests_arriving_at_random_equal_full_passes(name, options):
     model, tokens = expected(name)
     engine = Engine(model, **OPTIONS[options])
@@ -61,6 +64,33 @@ def test_choices_of_greedy_requests(options):
         assert steps <= 3 * sum(len(a.prompt) + a.max_tokens for a in asked)
     assert list(got.values()) == [t for t in tokens[:20] for _ in range(3)]
     assert all_free(engine)
+
+
+def test_requests_that_come_at_once_run_a_common_beginning_once():
+    model = expected("llama")[0]
+    engine = Engine(model, block_size=4)
+    prompts = [TEXT[:64] + TEXT[100 + i : 104 + i] for i in range(12)]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=6, temperature=0))
+    assert engine.stats().tokens_prefilled == 12 * 68 - 11 * 64
+    assert [o.cached_tokens for o in outputs] == [0] + [64] * 11
+    apart = Engine(model, prefix_caching=False).generate(prompts, SamplingParams(max_tokens=6, temperature=0))
+    assert [o.choices[0].tokens for o in outputs] == [o.choices[0].tokens for o in apart]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_as_graphs(name, monkeypatch):
+    """What a GPU captures, run without a graph on the CPU: in sizes of powers of two, beside other steps."""
+    monkeypatch.setattr(runner, "can_capture", lambda model: True)
+    model, tokens = expected(name)
+    for cache_dtype in (None, torch.int8)[: 1 if name == "mla" else 2]:
+        engine = Engine(model, cache_dtype=cache_dtype, **TINY)
+        got = serve(engine, ASKED[:40])
+        assert all_free(engine)
+        assert len({size for size, _ in engine.runner._graphs._graphs}) >= 3
+        if cache_dtype is None:
+            assert got == tokens[:40]
+        else:  # int8 steps may differ where a rounding does
+            assert sum(a == b for a, b in zip(got, tokens)) > 20
 
 
 SAMPLED = {"temperature": 1.5, "top_k": 100, "seed": 7}
