@@ -61,8 +61,11 @@ class Runner:
             sequences = [w.sequence for w in work]
             logits = self._graphs.logits([s.id for s in sequences], [s.tokens[-1] for s in sequences])
         else:
-            parts = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
-            hidden = self._hidden([w.sequence.id for w in work], parts, adapters)
+            new: list[int] = []
+            for sequence, count, *_ in work:
+                new += sequence.tokens[sequence.computed : sequence.computed + count]
+                new += sequence.drafts
+            hidden = self._hidden([w.sequence.id for w in work], [w.tokens for w in work], new, adapters)
             if self.observe is not None:
                 self.observe(work, hidden)
             told = self._prompt_logprobs(hidden, work)
@@ -77,16 +80,15 @@ class Runner:
         counts = [len(part) for part in parts]
         if self._graphs is not None and max(counts) == 1:
             return self._graphs.logits(sequences, [part[0] for part in parts])
-        hidden = self._hidden(sequences, parts)
+        hidden = self._hidden(sequences, counts, list(itertools.chain.from_iterable(parts)))
         return self._logits(hidden, [end - 1 for end in itertools.accumulate(counts)])
 
     def _hidden(
-        self, sequences: list[int], parts: list[list[int]], adapters: list[Adapter | None] | None = None
+        self, sequences: list[int], counts: list[int], new: list[int], adapters: list[Adapter | None] | None = None
     ) -> Tensor:
-        """(tokens of the step, dim)"""
-        counts = [len(part) for part in parts]
+        """Runs `counts[i]` tokens of each sequence, which are in `new` one after another. Gives (tokens, dim)."""
         step = self.cache.extend(sequences, counts)
-        tokens = torch.tensor(list(itertools.chain.from_iterable(parts)), device=self.cache.device)
+        tokens = torch.tensor(new, device=self.cache.device)
         of_token = None
         if adapters is not None:
             of_token = [adapter for adapter, count in zip(adapters, counts) for _ in range(count)]

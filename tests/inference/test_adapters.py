@@ -248,10 +248,8 @@ def test_prefixes_are_told_apart(model, adapters):
 def test_speculation(model, adapters):
     prompts, params = requests()
     expected = tokens_of(Engine(model, adapters=adapters).generate(prompts, params))
-    for speculator in (
-        DraftSpeculator(make(seed=4), 3, max_batch=16, max_rows=64),
-        NGramSpeculator(3, min_match=1, max_batch=16),
-    ):
+    limits = {"max_batch": 16, "max_rows": 64}
+    for speculator in (DraftSpeculator(make(seed=4), 3, **limits), NGramSpeculator(3, min_match=1, **limits)):
         engine = Engine(model, adapters=adapters, speculator=speculator)
         assert tokens_of(engine.generate(prompts, params)) == expected
         assert engine.stats().draft_tokens > 0
