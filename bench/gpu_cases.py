@@ -7,7 +7,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from bench import moe_layer
 from llmcore.ops import Sample, registry, rope_tables
+
+# (op, case, direction) -> what llmcore must reach on an H200: times the speed of a peer, or GB/s.
+MUST: dict[tuple[str, str, str], dict[str, float]] = {
+    ("moe_layer", "32768 tokens, top 8 of 128, 2048x768", "forward"): {"torch": 1.2, "torch_gathered": 1.2},
+    ("moe_layer", "32768 tokens, top 8 of 128, 2048x768", "backward"): {"torch": 1.0, "torch_gathered": 1.0},
+    ("grouped_glu", "128 experts, about 1 row each", "forward"): {"gbytes": 3000},
+    ("grouped_gemm", "128 experts, about 1 row each", "forward"): {"gbytes": 3000},
+    ("moe_route", "32768 tokens, top 8 of 128", "forward"): {"torch": 5.0},
+    ("linear_cross_entropy", "8k tokens, H 4096, V 128k", "forward+backward"): {"torch": 1.5},
+    ("sample", "128 rows, V 128k, top-k + top-p", "forward"): {"torch": 5.0},
+    ("optimizer", "AdamW + clipping, 1.0 B parameters", "step"): {"torch": 1.0, "gbytes": 3700},
+}
 
 Cases = Iterator[Sample]
 _CASES: dict[str, Callable[[torch.dtype, str], Cases]] = {}
@@ -167,3 +180,8 @@ def grouped_glu(dtype: torch.dtype, device: str) -> Cases:
 @case("grouped_gemm")
 def grouped_gemm(dtype: torch.dtype, device: str) -> Cases:
     yield from _experts(2048, 768, False, dtype, device)
+
+
+@case("moe_layer")
+def layer(dtype: torch.dtype, device: str) -> Cases:
+    yield moe_layer.sample(dtype, device, tokens=32768, dim=2048, ffn_dim=768, experts=128, top_k=8)

@@ -65,6 +65,10 @@ def check(ours: Ours, torchs: Torchs, before: list[Tensor]) -> None:
         assert torch.equal(ours.weights[i], mine.bfloat16()), f"weights of tensor {i} are not its rounded master"
 
 
+def label(count: int) -> str:
+    return f"AdamW + clipping, {count / 1e9:.1f} B parameters"
+
+
 def measure(
     rounds: int, microseconds: Callable[[Callable[[], None]], float], device: str = "cuda", shapes=SHAPES
 ) -> dict:
@@ -86,7 +90,7 @@ def measure(
     count = sum(g.numel() for g in grads)
     return {
         "op": "optimizer",
-        "case": f"AdamW + clipping, {count / 1e9:.1f} B parameters",
+        "case": label(count),
         "dtype": "bfloat16",
         "direction": "step",
         "us": us,

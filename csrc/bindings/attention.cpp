@@ -26,8 +26,8 @@ const int32_t* cu_seqlens(Call& call, const Tensor& cu, const Tensor& q, int64_t
   return static_cast<const int32_t*>(call.keep.back().const_data_ptr());
 }
 
-void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, int64_t window, double scale,
-              double softcap, const std::string& op) {
+void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, const OptTensor& position_bias, bool causal,
+              int64_t window, double scale, double softcap, const std::string& op) {
   AttentionMask& m = call.mask;
   m.scale = static_cast<float>(scale);
   m.softcap = static_cast<float>(softcap);
@@ -44,6 +44,18 @@ void set_mask(Call& call, const Tensor& q, const OptTensor& sinks, bool causal, 
     call.keep.push_back(dense(*sinks));
     m.sinks = static_cast<const float*>(call.keep.back().const_data_ptr());
   }
+  if (position_bias) {
+    const std::string what = op + ": position_bias";
+    check_device(*position_bias, q, what.c_str());
+    check_dtype(*position_bias, ScalarType::Float, what.c_str());
+    LLMCORE_CHECK(position_bias->dim() == 2 && position_bias->size(0) == q.size(-2) && position_bias->size(1) % 2 == 1,
+                  what, " has shape ", shape_text(*position_bias), "; expected (", q.size(-2),
+                  " heads, an odd number of distances)");
+    LLMCORE_CHECK(q.is_cpu() && softcap == 0, what, " is served on the CPU, without a softcap");
+    call.keep.push_back(dense(*position_bias));
+    m.position_bias = static_cast<const float*>(call.keep.back().const_data_ptr());
+    m.bias_reach = position_bias->size(1) / 2;
+  }
 }
 
 void set_heads(AttentionShape& s, const Tensor& q, const Tensor& k, const Tensor& v, const std::string& op) {
@@ -59,9 +71,9 @@ void set_heads(AttentionShape& s, const Tensor& q, const Tensor& k, const Tensor
                 " (v); they must be at least 1");
 }
 
-Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& sinks, const OptTensor& block_mask,
-              const OptTensor& cu_q, const OptTensor& cu_k, bool causal, int64_t window, double scale, double softcap,
-              int64_t block_q, int64_t block_k, const std::string& op) {
+Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& sinks, const OptTensor& position_bias,
+              const OptTensor& block_mask, const OptTensor& cu_q, const OptTensor& cu_k, bool causal, int64_t window,
+              double scale, double softcap, int64_t block_q, int64_t block_k, const std::string& op) {
   Call call;
   AttentionShape& s = call.shape;
   const bool packed = cu_q.has_value();
@@ -103,7 +115,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     LLMCORE_CHECK(k.size(0) == s.batch && v.size(0) == s.batch, op, ": q, k, v have batch sizes ", s.batch, ", ",
                   k.size(0), ", ", v.size(0), "; they must be equal");
   }
-  set_mask(call, q, sinks, causal, window, scale, softcap, op);
+  set_mask(call, q, sinks, position_bias, causal, window, scale, softcap, op);
   if (block_mask) {
     const std::string what = op + ": block_mask";
     check_device(*block_mask, q, what.c_str());
@@ -135,11 +147,11 @@ Tensor new_rows(const Tensor& q, int64_t rows_dim, int64_t heads, int64_t dim) {
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptTensor& sinks,
-                                     const OptTensor& block_mask, const OptTensor& cu_q, const OptTensor& cu_k,
-                                     bool causal, int64_t window, double scale, double softcap, int64_t block_q,
-                                     int64_t block_k, bool /*deterministic: always*/) {
-  const Call call = describe(q_in, k_in, v_in, sinks, block_mask, cu_q, cu_k, causal, window, scale, softcap, block_q,
-                             block_k, "attention");
+                                     const OptTensor& position_bias, const OptTensor& block_mask, const OptTensor& cu_q,
+                                     const OptTensor& cu_k, bool causal, int64_t window, double scale, double softcap,
+                                     int64_t block_q, int64_t block_k, bool /*deterministic: always*/) {
+  const Call call = describe(q_in, k_in, v_in, sinks, position_bias, block_mask, cu_q, cu_k, causal, window, scale,
+                             softcap, block_q, block_k, "attention");
   const AttentionShape& s = call.shape;
   const Tensor q = last_dim_contiguous(q_in), k = last_dim_contiguous(k_in), v = last_dim_contiguous(v_in);
   Tensor out = new_rows(q, call.total_q, s.heads, s.v_head_dim);
@@ -164,13 +176,13 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout_in, const OptTensor& dlse, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-    const Tensor& out_in, const Tensor& lse_in, const OptTensor& sinks, const OptTensor& block_mask,
-    const OptTensor& cu_q, const OptTensor& cu_k, bool causal, int64_t window, double scale, double softcap,
-    int64_t block_q, int64_t block_k, bool deterministic) {
-  const Call call = describe(q_in, k_in, v_in, sinks, block_mask, cu_q, cu_k, causal, window, scale, softcap, block_q,
-                             block_k, "attention_backward");
+    const Tensor& out_in, const Tensor& lse_in, const OptTensor& sinks, const OptTensor& position_bias,
+    const OptTensor& block_mask, const OptTensor& cu_q, const OptTensor& cu_k, bool causal, int64_t window,
+    double scale, double softcap, int64_t block_q, int64_t block_k, bool deterministic) {
+  const Call call = describe(q_in, k_in, v_in, sinks, position_bias, block_mask, cu_q, cu_k, causal, window, scale,
+                             softcap, block_q, block_k, "attention_backward");
   const AttentionShape& s = call.shape;
   const auto check_like_out = [&](const Tensor& t, const char* what) {
     check_device(t, q_in, what);
@@ -197,6 +209,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor dlse_dense = dlse ? dense(*dlse) : lse;
   Tensor dq = empty_same_shape(q), dk = empty_same_shape(k), dv = empty_same_shape(v);
   Tensor dsinks = sinks ? zeros(q, {s.batch, s.heads}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
+  Tensor dbias = position_bias ? zeros(q, {s.batch, s.heads, position_bias->size(1)}, ScalarType::Float)
+                               : empty(q, {0}, ScalarType::Float);
   AttentionBackwardParams p{};
   p.shape = s;
   p.mask = call.mask;
@@ -223,13 +237,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.dv_strides = strides(dv);
   p.deterministic = deterministic;
   p.dsinks = sinks ? static_cast<float*>(dsinks.mutable_data_ptr()) : nullptr;
+  p.dbias = position_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
   LLMCORE_RUN_WITH_WORKSPACE(attention_backward, q, p);
-  return {dq, dk, dv, sinks ? sum_partials(dsinks, ScalarType::Float) : dsinks};
+  return {dq, dk, dv, sinks ? sum_partials(dsinks, ScalarType::Float) : dsinks,
+          position_bias ? sum_partials(dbias, ScalarType::Float) : dbias};
 }
 
 Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                       const Tensor& kv_lens, const OptTensor& cu_q, const OptTensor& sinks, const OptTensor& k_scale,
-                       const OptTensor& v_scale, bool causal, int64_t window, double scale, double softcap) {
+                       const Tensor& kv_lens, const OptTensor& cu_q, const OptTensor& sinks,
+                       const OptTensor& position_bias, const OptTensor& k_scale, const OptTensor& v_scale, bool causal,
+                       int64_t window, double scale, double softcap) {
   const std::string op = "paged_attention";
   Call call;
   AttentionShape& s = call.shape;
@@ -296,7 +313,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   };
   p.k_scale = scales(k_scale, "paged_attention: k_scale");
   p.v_scale = scales(v_scale, "paged_attention: v_scale");
-  set_mask(call, q, sinks, causal, window, scale, softcap, op);
+  set_mask(call, q, sinks, position_bias, causal, window, scale, softcap, op);
   Tensor out = empty(q, {q.size(0), s.heads, s.v_head_dim});
   p.shape = s;
   p.mask = call.mask;

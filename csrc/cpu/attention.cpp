@@ -257,7 +257,7 @@ class Forward {
   void ready_and_mask(const Task& t, const Rows& rows, int64_t key0, const TileView& view, float* scores) const {
     for_task_rows(t, group_, rows.first, rows.count, [&](int64_t i, TaskRow row) {
       float* line = scores + i * tile_keys_;
-      ready_scores(p_.mask, view.begin, view.stop, line);
+      ready_scores(p_.mask, bias_row(p_.mask, t, group_, rows.first + i, key0), view.begin, view.stop, line);
       if (view.partial) mask_scores(p_.mask, t, group_, row.query, row.head, key0, view, line);
     });
   }

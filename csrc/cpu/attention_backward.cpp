@@ -81,13 +81,15 @@ class Backward {
     // One accumulator per worker, or one per task when several tasks share a KV head.
     Scratch<float> accumulators((splits == 1 ? min64(par_.threads, tasks) : tasks) * stride);
     Scratch<double> dsinks(tasks * group_);  // each sums as many terms as there are queries
+    Scratch<double> dbias(p_.dbias ? tasks * group_ * bias_width() : 0);
     Scratch<W*> workers(par_.threads);
     for (int i = 0; i < par_.threads; ++i) workers.data()[i] = nullptr;
     parallel_tasks(par_, tasks, [&](int64_t i, int64_t w) {
       W*& x = workers.data()[w];
       if (!x) x = new W(p_.shape, queries_ * group_);
       float* acc = accumulators.data() + (splits == 1 ? w : i) * stride;
-      one_head(i / splits, i % splits, splits, *x, acc, dsinks.data() + i * group_);
+      double* bias = p_.dbias ? dbias.data() + i * group_ * bias_width() : nullptr;
+      one_head(i / splits, i % splits, splits, *x, acc, dsinks.data() + i * group_, bias);
       if (splits == 1) write_keys(i, acc, 1, stride);
     });
     for (int i = 0; i < par_.threads; ++i) delete workers.data()[i];
@@ -101,35 +103,55 @@ class Backward {
         for (int64_t g = 0; g < group_; ++g)
           p_.dsinks[b * p_.shape.heads + kv_head * group_ + g] += dsinks.data()[i * group_ + g];
       }
+    if (p_.dbias) {
+      const int64_t size = group_ * bias_width();
+      for (int64_t i = 0; i < tasks; ++i)
+        for (int64_t j = 0; j < size; ++j) p_.dbias[i / splits * size + j] += dbias.data()[i * size + j];
+    }
   }
 
  private:
+  int64_t bias_width() const { return 2 * p_.mask.bias_reach + 1; }
+
   // dk (max_k, dk_width_) and dv (max_k, dv_width_) of one KV head, from the query blocks of share `split`.
-  void one_head(int64_t index, int64_t split, int64_t splits, W& x, float* acc, double* dsinks) const {
+  void one_head(int64_t index, int64_t split, int64_t splits, W& x, float* acc, double* dsinks, double* dbias) const {
     const int64_t b = index / p_.shape.kv_heads, kv_head = index % p_.shape.kv_heads;
     const Sequence seq = sequence(p_.shape, b);
     float *dk = acc, *dv = acc + max_k_ * dk_width_;
     __builtin_memset(dk, 0, seq.num_k * dk_width_ * sizeof(float));
     __builtin_memset(dv, 0, seq.num_k * dv_width_ * sizeof(float));
     for (int64_t g = 0; g < group_; ++g) dsinks[g] = 0;
+    for (int64_t j = 0; dbias && j < group_ * bias_width(); ++j) dbias[j] = 0;
     const int64_t blocks = (seq.num_q + queries_ - 1) / queries_;
     for (int64_t turn = 0; turn * splits < blocks; ++turn) {
       // there and back, so that early blocks, which see few keys, meet late ones in a share
       const int64_t first = (turn * splits + (turn % 2 ? splits - 1 - split : split)) * queries_;
       if (first >= seq.num_q) continue;
       const Task t{b, kv_head, first, min64(queries_, seq.num_q - first) * group_, seq};
-      load_queries(t, x, dsinks);
+      load_queries(t, x);
       const KeyRange a = visible_keys(p_.mask, seq, first);
       const KeyRange z = visible_keys(p_.mask, seq, first + t.rows / group_ - 1);
+      if (exact_delta()) sum_delta(t, x, a.first, z.last);
+      if (p_.mask.sinks) add_sink_gradients(t, x, dsinks);
       for (int64_t key0 = a.first; key0 <= z.last; key0 += kKeys)
-        one_tile(t, x, key0, min64(kKeys, z.last + 1 - key0), dk + key0 * dk_width_, dv + key0 * dv_width_);
+        one_tile(t, x, key0, min64(kKeys, z.last + 1 - key0), dk + key0 * dk_width_, dv + key0 * dv_width_, dbias);
       for (int64_t r = 0; r < t.rows; ++r)
         row_from_float(x.dq.data() + r * dk_width_, p_.dtype, p_.shape.head_dim, p_.mask.scale,
                        const_cast<void*>(at(p_.dq, p_.dtype, row_offset(t, group_, r, p_.dq_strides))));
     }
   }
 
-  void load_queries(const Task& t, W& x, double* dsinks) const {
+  // The row constant delta is out . dout, but for the rounding of `out` to 16 bits. In the gradients of q and k that is
+  // one error among many; a column of the bias adds up the scores of whole rows, whose gradients nearly cancel. So with
+  // a bias delta is what it stands for, the sum of p * dp over the keys, at the price of forming both once more.
+  bool exact_delta() const { return p_.dbias && p_.dtype != DType::f32; }
+
+  int64_t lse_at(const Task& t, int64_t r) const {
+    const int64_t head = t.kv_head * group_ + r % group_;
+    return t.b * p_.lse_batch + head * p_.lse_head + t.seq.q_start + t.first_query + r / group_;
+  }
+
+  void load_queries(const Task& t, W& x) const {
     const AttentionShape& s = p_.shape;
     const int64_t q_steps = steps_of<Product>(s.head_dim), v_steps = steps_of<Product>(s.v_head_dim);
     float *out = x.row_copy.data(), *dout = out + s.v_head_dim + kLanes;
@@ -146,20 +168,63 @@ class Backward {
         const int64_t n = s.v_head_dim - d;
         sum = fma(load_n(out + d, n), load_n(dout + d, n), sum);
       }
-      const int64_t head = t.kv_head * group_ + r % group_;
-      const int64_t at_row = t.b * p_.lse_batch + head * p_.lse_head + t.seq.q_start + t.first_query + r / group_;
-      const float lse = p_.lse[at_row];
+      const int64_t at_row = lse_at(t, r);
+      const float lse = p_.lse[at_row], product = exact_delta() ? 0.f : reduce_sum(sum);
       // ds = p * (dp - delta): the gradient of lse enters as a constant of the row. A row without keys has no gradient,
       // whatever reaches its lse (NaN, when -inf goes on through a logarithm).
-      x.delta.data()[r] = lse == kNegInf ? 0.f : reduce_sum(sum) - (p_.dlse ? p_.dlse[at_row] : 0.f);
+      x.delta.data()[r] = lse == kNegInf ? 0.f : product - (p_.dlse ? p_.dlse[at_row] : 0.f);
       x.lse.data()[r] = lse == kNegInf ? -kNegInf : lse * kLog2e;  // no key: every probability is 2^-inf = 0
-      if (p_.mask.sinks && lse != kNegInf)
-        dsinks[r % group_] -= __builtin_expf(p_.mask.sinks[head] - lse) * x.delta.data()[r];
     }
     const int64_t row_steps = steps_of<Product>(x.rows);
     pack_columns(x.q_panels.data(), x.q.data(), q_steps, s.head_dim, t.rows, row_steps);
     pack_columns(x.dout_panels.data(), x.dout.data(), v_steps, s.v_head_dim, t.rows, row_steps);
     __builtin_memset(x.dq.data(), 0, t.rows * dk_width_ * sizeof(float));
+  }
+
+  void add_sink_gradients(const Task& t, const W& x, double* dsinks) const {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const float lse = p_.lse[lse_at(t, r)], sink = p_.mask.sinks[t.kv_head * group_ + r % group_];
+      if (lse != kNegInf) dsinks[r % group_] -= __builtin_expf(sink - lse) * x.delta.data()[r];
+    }
+  }
+
+  // Adds p * dp of the keys [first, last] to the rows' deltas.
+  void sum_delta(const Task& t, W& x, int64_t first, int64_t last) const {
+    for (int64_t key0 = first; key0 <= last; key0 += kKeys) {
+      const int64_t count = min64(kKeys, last + 1 - key0);
+      load_keys(t, x, key0, count);
+      for (int64_t row0 = 0; row0 < t.rows; row0 += kSubRows) {
+        const int64_t rows = min64(kSubRows, t.rows - row0);
+        const TileView view =
+            view_tile(p_.mask, t, group_, view_rows(p_.mask, t, group_, row0, rows), key0, count, kPanel);
+        if (view.end == 0) continue;
+        products(x, row0, rows, view);
+        for (int64_t r = 0; r < rows; ++r) {
+          float *p = x.p.data() + r * kKeys, *dp = x.ds.data() + r * kKeys;
+          ready_scores(p_.mask, bias_row(p_.mask, t, group_, row0 + r, key0), view.begin, view.stop, p);
+          if (view.partial)
+            mask_scores(p_.mask, t, group_, t.first_query + (row0 + r) / group_, (row0 + r) % group_, key0, view, p);
+          vf sum = zero();
+          for (int64_t c = view.begin; c < view.end; c += kLanes) {
+            const vf e = fma(load(p + c), set1(exponent_factor(p_.mask)), set1(-x.lse.data()[row0 + r]));
+            sum = fma(exp2_nonpositive(e), load(dp + c), sum);
+          }
+          x.delta.data()[row0 + r] += reduce_sum(sum);
+        }
+      }
+    }
+  }
+
+  // Of a sub-block: its raw scores in x.p, dout . v in x.ds.
+  void products(W& x, int64_t row0, int64_t rows, const TileView& view) const {
+    const int64_t k_steps = steps_of<Product>(p_.shape.head_dim), v_steps = steps_of<Product>(p_.shape.v_head_dim);
+    const int64_t begin = view.begin, panels = (view.stop - begin) / kPanel;
+    multiply_panels<Product, true>(rows, panels, k_steps, x.q.data() + row0 * k_steps, k_steps,
+                                   x.k_by_dim.data() + begin * k_steps, kPanel * k_steps, x.p.data() + begin, kKeys,
+                                   false);
+    multiply_panels<Product, true>(rows, panels, v_steps, x.dout.data() + row0 * v_steps, v_steps,
+                                   x.v_by_dim.data() + begin * v_steps, kPanel * v_steps, x.ds.data() + begin, kKeys,
+                                   false);
   }
 
   // Rows (rows, dim) as B panels of (row_steps, kPanel). Panels are row_steps apart whatever the number of rows.
@@ -176,9 +241,7 @@ class Backward {
   }
 
   // One block of queries against the keys [key0, key0 + count).
-  void one_tile(const Task& t, W& x, int64_t key0, int64_t count, float* dk, float* dv) const {
-    const AttentionShape& s = p_.shape;
-    const int64_t k_steps = steps_of<Product>(s.head_dim), v_steps = steps_of<Product>(s.v_head_dim);
+  void one_tile(const Task& t, W& x, int64_t key0, int64_t count, float* dk, float* dv, double* dbias) const {
     const int64_t row_steps = steps_of<Product>(x.rows), key_steps = steps_of<Product>(kKeys);
     bool loaded = false;
     for (int64_t row0 = 0; row0 < t.rows; row0 += kSubRows) {
@@ -190,14 +253,11 @@ class Backward {
         load_keys(t, x, key0, count);
         loaded = true;
       }
-      const int64_t begin = view.begin, end = view.stop, panels = (end - begin) / kPanel;
-      const int64_t keys = view.end - begin;
+      const int64_t begin = view.begin, end = view.stop, keys = view.end - begin;
       float *p = x.p.data(), *ds = x.ds.data();
-      multiply_panels<Product, true>(rows, panels, k_steps, x.q.data() + row0 * k_steps, k_steps,
-                                     x.k_by_dim.data() + begin * k_steps, kPanel * k_steps, p + begin, kKeys, false);
-      multiply_panels<Product, true>(rows, panels, v_steps, x.dout.data() + row0 * v_steps, v_steps,
-                                     x.v_by_dim.data() + begin * v_steps, kPanel * v_steps, ds + begin, kKeys, false);
+      products(x, row0, rows, view);
       for (int64_t r = 0; r < rows; ++r) score_gradients(t, x, row0 + r, key0, view, p + r * kKeys, ds + r * kKeys);
+      for (int64_t r = 0; dbias && r < rows; ++r) add_bias_gradient(t, row0 + r, key0, view, ds + r * kKeys, dbias);
 
       const Elem *p_columns, *ds_columns, *ds_rows;  // operands: p^T, ds^T (steps are queries) and ds (steps are keys)
       if constexpr (Product::kStep == 1) {
@@ -246,7 +306,7 @@ class Backward {
                        float* ds) const {
     const int64_t begin = view.begin, end = view.stop;
     const float lse = x.lse.data()[r], delta = x.delta.data()[r], factor = exponent_factor(p_.mask);
-    ready_scores(p_.mask, begin, end, p);
+    ready_scores(p_.mask, bias_row(p_.mask, t, group_, r, key0), begin, end, p);
     if (view.partial) mask_scores(p_.mask, t, group_, t.first_query + r / group_, r % group_, key0, view, p);
     if (p_.mask.softcap <= 0) {
       for (int64_t c = begin; c < end; c += kLanes) {
@@ -263,6 +323,14 @@ class Backward {
       store(p + c, prob);
       store(ds + c, prob * (load(ds + c) - delta) * slope);
     }
+  }
+
+  // The gradient of a score is that of its bias. What a row does not see has the gradient 0.
+  void add_bias_gradient(const Task& t, int64_t r, int64_t key0, const TileView& view, const float* ds,
+                         double* dbias) const {
+    const BiasRow bias = bias_row(p_.mask, t, group_, r, key0);
+    double* to = dbias + r % group_ * bias_width() + bias.reach;
+    for (int64_t c = view.begin; c < view.end; ++c) to[bias.index(c)] += ds[c];
   }
 
   static void pack_panel(float* out, const TileRows<float>& rows, int64_t c, int64_t count, int64_t dim) {

@@ -437,7 +437,7 @@ class Decode {
       float* line = scores + r * kTile;
       if (p_.k_scale)
         for (int64_t c = 0; c < end; c += kLanes) store(line + c, load(line + c) * load(x.k_scale + c));
-      ready_scores(p_.mask, 0, end, line);
+      ready_scores(p_.mask, bias_row(p_.mask, t, group_, r, key0), 0, end, line);
       if (view.partial || view.begin > 0 || view.end < count)
         mask_scores(p_.mask, t, group_, t.first_query + r / group_, r % group_, key0, TileView{0, count, end, true},
                     line);

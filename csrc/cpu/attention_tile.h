@@ -158,12 +158,42 @@ inline void mask_scores(const AttentionMask& m, const Task& t, int64_t group, in
   }
 }
 
+// What a row of scores takes of the position bias: column c the element clamp(offset + c) of `table`, whose elements
+// run from -reach to reach. No table: no bias.
+struct BiasRow {
+  const float* table;
+  int64_t reach, offset;
+  LLMCORE_INLINE int64_t index(int64_t c) const { return max64(-reach, min64(offset + c, reach)); }
+  LLMCORE_INLINE vf at(int64_t c) const {  // of columns c and on
+    const int64_t first = offset + c, last = first + kLanes - 1;
+    if (first >= -reach && last <= reach) return load(table + first);
+    if (last <= -reach || first >= reach) return set1(table[index(c)]);
+    float each[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) each[i] = table[index(c + i)];
+    return load(each);
+  }
+};
+// of row `r` of the task, whose columns begin at key0
+inline BiasRow bias_row(const AttentionMask& m, const Task& t, int64_t group, int64_t r, int64_t key0) {
+  if (!m.position_bias) return {nullptr, 0, 0};
+  const int64_t position = t.first_query + r / group + t.seq.num_k - t.seq.num_q, head = t.kv_head * group + r % group;
+  return {m.position_bias + head * (2 * m.bias_reach + 1) + m.bias_reach, m.bias_reach, key0 - position};
+}
+
 // Scores become exponents of 2: score * exponent_factor. The product is formed where it is used, so that
 // fma(score, factor, -highest) rounds once. With a soft cap, or a scale that would turn -inf around, ready_scores()
-// replaces the scores by exponents beforehand and the factor is 1.
-LLMCORE_INLINE bool ready_first(const AttentionMask& m) { return m.softcap > 0 || m.scale <= 0; }
-LLMCORE_INLINE float exponent_factor(const AttentionMask& m) { return ready_first(m) ? 1.f : m.scale * kLog2e; }
-inline void ready_scores(const AttentionMask& m, int64_t begin, int64_t end, float* s) {
+// replaces the scores by exponents beforehand and the factor is 1. With a position bias, beside which there is no soft
+// cap, it scales them and adds the bias in one rounding.
+LLMCORE_INLINE bool ready_first(const AttentionMask& m) { return m.position_bias || m.softcap > 0 || m.scale <= 0; }
+LLMCORE_INLINE float exponent_factor(const AttentionMask& m) {
+  if (m.position_bias) return kLog2e;
+  return ready_first(m) ? 1.f : m.scale * kLog2e;
+}
+inline void ready_scores(const AttentionMask& m, const BiasRow& bias, int64_t begin, int64_t end, float* s) {
+  if (bias.table) {
+    for (int64_t c = begin; c < end; c += kLanes) store(s + c, fma(load(s + c), set1(m.scale), bias.at(c)));
+    return;
+  }
   if (!ready_first(m)) return;
   if (m.softcap > 0) {
     const float in = m.scale / m.softcap, out = m.softcap * kLog2e;

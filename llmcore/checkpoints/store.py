@@ -231,16 +231,17 @@ def resolve(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: holds no whole checkpoint (looked for checkpoints/step-* and step-*)")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises :class:`CheckpointError`, naming the file, for anything else."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object (or list) in a file; raises :class:`CheckpointError`, naming the file, for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object")
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else f"a {kind.__name__}"
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not {wanted}")
     return value
 
 

@@ -85,6 +85,7 @@ class PagedKVCache:
             kv_lens=self._tensor(room.lengths, torch.int32),
             positions=self._tensor(room.positions, torch.int64),
             cu_seqlens_q=None if all(count == 1 for count in counts) else self._tensor(starts, torch.int32),
+            sequences=tuple(sequences),
         )
 
     def make_room(self, sequences: Sequence[int], counts: Sequence[int]) -> Room:

@@ -20,8 +20,12 @@ _MOE_OPS = ("moe_route", "grouped_glu", "grouped_gemm", "moe_combine")
 
 
 def can_capture(model: Transformer) -> bool:
-    """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size."""
-    if model.device.type != "cuda" or model.config.head_dim > CUDA_HEAD_DIM or model.is_quantized:
+    """Whether a decode step of `model` can be captured: on a GPU, by kernels that serve its dtype and head size. What
+    is quantised, or has an encoder or a position bias, can't."""
+    c = model.config
+    if model.device.type != "cuda" or c.head_dim > CUDA_HEAD_DIM or model.is_quantized:
+        return False
+    if c.encoder_layers or c.position == "relative":
         return False
     ops = _STEP_OPS + (_MOE_OPS if model.config.moe is not None else ())
     return all(has_kernel(op, model) for op in ops)  # whose dtype and device are its hidden states'

@@ -57,7 +57,7 @@ class Decoder:
 
     def hidden(self, tokens: Tensor, step: CacheStep) -> Tensor:
         """Runs `tokens`, (total,), as `Transformer.forward` with a cache does. Gives (total, dim)."""
-        x = self.model.embed(tokens).contiguous()
+        x = self.model.embed(self.model.embed_tokens(tokens)).contiguous()
         out = torch.empty_like(x)
         self._decoder.step(
             len(tokens), len(step.kv_lens), x.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(),
@@ -117,10 +117,10 @@ def can_decode(model: Transformer) -> bool:
 
 def _refusal(model: Transformer) -> str | None:
     c = model.config
+    if type(model) is not Transformer or not c.causal or c.position not in ("rope", "none"):
+        return f"it is {type(model).__name__} with positions {c.position}"
     if model.device.type != "cpu" or not all(has_kernel(op, model) for op in _OPS):
         return f"it is {_name(model.dtype)} on {model.device}"
-    if c.position == "learned":
-        return "it adds positions to its embeddings"
     if c.norm != "rms" or c.norm_placement not in ("pre", "sandwich"):
         return f"its norms are {c.norm_placement} and {c.norm}"
     for block in model.blocks:

@@ -156,7 +156,7 @@ def _token_ids(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelC
             raise ValueError(
                 f"prompt {index} holds token id {wrong[0]}; accepted: 0 to vocab_size - 1 = {config.vocab_size - 1}"
             )
-        if config.position != "none" and len(tokens) + max_tokens > config.max_positions:
+        if config.position_limit is not None and len(tokens) + max_tokens > config.max_positions:
             raise ValueError(
                 f"prompt {index} has {len(tokens)} tokens and max_tokens is {max_tokens}; accepted: together at most "
                 f"max_positions = {config.max_positions}"

@@ -24,6 +24,7 @@ class CacheStep:
         kv_lens: (batch,) int32, the keys of each sequence, this pass's tokens among them.
         positions: (total,) int64, the position of each token in its sequence.
         cu_seqlens_q: (batch + 1,) int32, where each sequence's tokens begin; None when every sequence has one.
+        sequences: the caller's number of each sequence, where it is told.
     """
 
     k_caches: list[Tensor]
@@ -33,6 +34,7 @@ class CacheStep:
     kv_lens: Tensor
     positions: Tensor
     cu_seqlens_q: Tensor | None = None
+    sequences: tuple[int, ...] | None = None
 
 
 class Attention(nn.Module):
@@ -100,6 +102,7 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: CacheStep | None = None,
         layer: int = 0,
+        position_bias: Tensor | None = None,
     ) -> Tensor:
         """Attends within each row of a batch, within each packed document, or over a cache.
 
@@ -109,6 +112,7 @@ class Attention(nn.Module):
                 seq, which packed tokens can't go without.
             cu_seqlens: (documents + 1,) int32, where each packed document begins; the last entry is total.
             cache: writes the new keys and values of this `layer` into the cache, then attends over it.
+            position_bias: (num_heads, odd), added to the scores by distance: see `llmcore.ops.attention`.
 
         Returns:
             (batch, seq, dim) or (total, dim), as x.
@@ -128,7 +132,7 @@ class Attention(nn.Module):
                 q, k, v = qkv.unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
             out = ops.attention(
                 q, k, v, causal=self.causal, sinks=self.sinks, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                **self.options,
+                position_bias=position_bias, **self.options,
             )  # fmt: skip
         else:
             k_cache, v_cache = cache.k_caches[layer], cache.v_caches[layer]
@@ -137,7 +141,7 @@ class Attention(nn.Module):
             )
             out = ops.paged_attention(
                 q, k_cache, v_cache, cache.block_table, cache.kv_lens, cu_seqlens_q=cache.cu_seqlens_q,
-                causal=self.causal, sinks=self.sinks, **self.options,
+                causal=self.causal, sinks=self.sinks, position_bias=position_bias, **self.options,
             )  # fmt: skip
         return self.out(out.flatten(-2))
 

@@ -10,7 +10,8 @@ from llmcore import ops
 from llmcore.layers.linear import Linear
 
 GATED = ("swiglu", "geglu", "swiglu_oss")
-ACTIVATIONS = (*GATED, "gelu")
+PLAIN = ("gelu", "gelu_erf", "relu")
+ACTIVATIONS = (*GATED, *PLAIN)
 
 
 def check_gated(activation: str) -> None:
@@ -44,21 +45,31 @@ class GatedMLP(nn.Module):
         return self.down(gated(self.activation, self.gate_up(x)))
 
 
-class MLP(nn.Module):
-    """down(gelu(up(x))) with the tanh form of GELU, as in GPT-2."""
+def plain(activation: str, x: Tensor) -> Tensor:
+    """An activation without a gate: "gelu" in its tanh form, as in GPT-2, "gelu_erf" exactly, as in BERT, "relu"."""
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="none" if activation == "gelu_erf" else "tanh")
 
-    def __init__(self, dim: int, ffn_dim: int, bias: bool = True) -> None:
+
+class MLP(nn.Module):
+    """down(act(up(x))), `activation` as in `plain`."""
+
+    def __init__(self, dim: int, ffn_dim: int, bias: bool = True, activation: str = "gelu") -> None:
         super().__init__()
+        self.activation = activation
         self.up = Linear(dim, ffn_dim, bias=bias)
         self.down = Linear(ffn_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., dim). Gives (..., dim)."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(plain(self.activation, self.up(x)))
 
 
 def make_mlp(activation: str, dim: int, ffn_dim: int, bias: bool = False) -> nn.Module:
-    """The feed-forward layer of `activation`: "swiglu", "geglu" or "gelu"."""
+    """The feed-forward layer of `activation`, gated or plain."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}")
-    return MLP(dim, ffn_dim, bias) if activation == "gelu" else GatedMLP(dim, ffn_dim, activation, bias)
+    if activation in PLAIN:
+        return MLP(dim, ffn_dim, bias, activation)
+    return GatedMLP(dim, ffn_dim, activation, bias)

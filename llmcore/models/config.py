@@ -138,27 +138,41 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer (see `llmcore.models.Transformer`). Checked when made: a wrong type is a TypeError, a
-    wrong value a ValueError; each names the key, the value and what would be accepted.
+    """A transformer: a decoder (`llmcore.models.Transformer`), an encoder (`Encoder`) when not causal, or both
+    (`EncoderDecoder`) with encoder_layers. Checked when made: a wrong type is a TypeError, a wrong value a ValueError;
+    each names the key, the value and what would be accepted.
 
     Attributes:
         vocab_size, dim, num_layers, num_heads: sizes; dim is the width of the residual stream.
         num_kv_heads: key and value heads, a divisor of num_heads; None: as many as num_heads.
         head_dim: features of a head; None: dim / num_heads.
-        ffn_dim: inner features of the feed-forward layer; None: 4 * dim for "gelu", else the multiple of 64 at or
-            above 8/3 * dim, which has about as many weights.
-        activation: "swiglu", "geglu" and "swiglu_oss" are gated (see `llmcore.layers.gated`), "gelu" is GPT-2's.
+        ffn_dim: inner features of the feed-forward layer; None: 4 * dim where it has no gate, else the multiple of 64
+            at or above 8/3 * dim, which has about as many weights.
+        activation: "swiglu", "geglu" and "swiglu_oss" are gated (see `llmcore.layers.gated`), "gelu", GPT-2's,
+            "gelu_erf", BERT's, and "relu" are not.
         norm, norm_eps, norm_bias: kind of every norm; norm_bias matters to "layer" only; "dyt" has no eps.
         norm_unit_offset: gains of RMS norms are stored as their distance from 1 (Gemma, arXiv 2403.08295).
         norm_placement: "pre" x + f(norm(x)) and a last norm; "post" norm(x + f(x)); "sandwich" x + norm(f(norm(x)))
             and a last norm; "output" x + norm(f(x)) and a last norm (OLMo 2, arXiv 2501.00656).
         qkv_bias, attention_out_bias, mlp_bias: biases of the linear layers; those of experts are moe.bias.
-        position: "rope", "learned" (a table added to the embeddings) or "none".
+        position: "rope", "learned" (a table added to the embeddings), "sinusoidal" (waves added to the embeddings;
+            arXiv 1706.03762), "relative" (a learned bias on the scores for each bucket of distances, shared by all
+            layers; T5, arXiv 1910.10683) or "none".
         max_positions: positions the rotary or learned tables hold, and so the longest sequence.
+        relative_buckets, relative_max_distance: of position "relative"; distances from the second on share a bucket.
         rope_base, rope_fraction, rope_interleaved, rope_scaling: see `llmcore.layers.RotaryEmbedding`; rope_fraction is
             the share of head_dim that is rotated.
         local_rope_base: base in layers with a window, which have no scaling then (Gemma 3, arXiv 2503.19786).
         no_rope_layers: layers without rotation (arXiv 2501.18795).
+        causal: a token sees no later one. False makes it an encoder.
+        encoder_layers: layers of an encoder that the decoder's layers attend to, of the same sizes; 0: none.
+        token_types: kinds of tokens, told apart by a learned vector each that is added to the embeddings (BERT).
+        embedding_norm: a norm on the embeddings.
+        pooler: tanh of a linear layer on each sequence's first hidden state (BERT, arXiv 1810.04805).
+        head: what makes logits of hidden states: the output matrix, "linear"; before it a linear layer, the activation
+            and a norm, and behind it a bias, "mlm" (BERT); or "none".
+        mtp_layers: modules behind a decoder that predict one token further each (`MTPModule`, arXiv 2412.19437).
+        logit_scale: of an encoder-decoder: factor on the hidden states before the output matrix (T5).
         tied_embeddings: the output matrix is the embedding matrix.
         embedding_scale: factor on the token embeddings: "sqrt_dim" (Gemma, arXiv 2403.08295), or "learned", one scalar
             that starts there, which models without a norm need (arXiv 2503.10622, section 5).
@@ -180,7 +194,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     ffn_dim: int | None = None
-    activation: Literal["swiglu", "geglu", "swiglu_oss", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "swiglu_oss", "gelu", "gelu_erf", "relu"] = "swiglu"
     norm: Literal["rms", "layer", "dyt"] = "rms"
     norm_eps: float = 1e-5
     norm_bias: bool = True
@@ -189,14 +203,24 @@ class ModelConfig:
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
-    position: Literal["rope", "learned", "none"] = "rope"
+    position: Literal["rope", "learned", "none", "sinusoidal", "relative"] = "rope"
     max_positions: int = 2048
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
     rope_interleaved: bool = False
     rope_scaling: RopeScaling | None = None
     local_rope_base: float | None = None
     no_rope_layers: tuple[int, ...] = ()
+    causal: bool = True
+    encoder_layers: int = 0
+    token_types: int = 0
+    embedding_norm: bool = False
+    pooler: bool = False
+    head: Literal["linear", "mlm", "none"] = "linear"
+    mtp_layers: int = 0
+    logit_scale: float = 1.0
     tied_embeddings: bool = True
     embedding_scale: Literal["none", "sqrt_dim", "learned"] = "none"
     window: int | None = None
@@ -221,7 +245,7 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_positions"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         self._fill_in()
-        for name in ("norm_eps", "rope_base", "init_std"):
+        for name in ("norm_eps", "rope_base", "init_std", "logit_scale"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("window", "ffn_dim", "head_dim"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -243,6 +267,7 @@ class ModelConfig:
             "num_kv_heads", kv_heads, f"a divisor of num_heads = {self.num_heads}",
         )  # fmt: skip
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
+        self._check_kind()
         if self.position == "rope":
             _require(0 < self.rope_fraction <= 1, "rope_fraction", self.rope_fraction, "above 0, to 1")
             exact = self.rope_fraction * (self.head_dim if self.mla is None else self.mla.qk_rope_head_dim)
@@ -259,12 +284,40 @@ class ModelConfig:
             for name, value in plain.items():
                 _require(getattr(self, name) == value, name, getattr(self, name), f"{value!r} with mla")
         if self.moe is not None:
-            _require(self.activation != "gelu", "activation", self.activation, "'swiglu' or 'geglu' with experts")
+            _require(self.gated, "activation", self.activation, "'swiglu' or 'geglu' with experts")
             _require(not self.mlp_bias, "mlp_bias", self.mlp_bias, "False with experts")
             _require(
                 self.moe.first_dense_layers < self.num_layers,
                 "moe.first_dense_layers", self.moe.first_dense_layers, f"less than num_layers = {self.num_layers}",
             )  # fmt: skip
+
+    def _check_kind(self) -> None:
+        """What goes with a decoder, an encoder and both."""
+        for name in ("encoder_layers", "token_types", "mtp_layers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.causal or not self.encoder_layers, "causal", self.causal, "True with encoder_layers")
+        if self.causal:
+            for name, plain in (("token_types", 0), ("pooler", False), ("embedding_norm", False)):
+                _require(getattr(self, name) == plain, name, getattr(self, name), f"{plain!r} unless causal is False")
+            _require(self.head == "linear", "head", self.head, "'linear' unless causal is False")
+        else:
+            _require(self.mla is None, "causal", False, "True with mla")
+        _require(self.encoder_layers or self.logit_scale == 1, "logit_scale", self.logit_scale,
+                 "1.0 without encoder_layers")  # fmt: skip
+        if self.mtp_layers:
+            plain = {"causal": True, "encoder_layers": 0, "norm_placement": "pre", "position": "rope"}
+            plain["embedding_scale"] = "none"
+            for name, value in plain.items():
+                _require(getattr(self, name) == value, name, getattr(self, name), f"{value!r} with mtp_layers")
+        if self.encoder_layers:
+            _require(self.moe is None and self.mla is None, "encoder_layers", self.encoder_layers,
+                     "0 with experts or latent attention")  # fmt: skip
+        if self.position == "relative":
+            least = 4 if not self.causal or self.encoder_layers else 2
+            _require(self.relative_buckets >= least and self.relative_buckets % least == 0, "relative_buckets",
+                     self.relative_buckets, f"a multiple of {least}")  # fmt: skip
+            _require(self.relative_max_distance > self.relative_buckets // 2, "relative_max_distance",
+                     self.relative_max_distance, "above relative_buckets / 2")  # fmt: skip
 
     def _fill_in(self) -> None:
         """Resolves the sizes that follow from others."""
@@ -280,7 +333,24 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.dim // self.num_heads)
         if self.ffn_dim is None:
             gated = -(-8 * self.dim // (3 * 64)) * 64
-            object.__setattr__(self, "ffn_dim", 4 * self.dim if self.activation == "gelu" else gated)
+            object.__setattr__(self, "ffn_dim", gated if self.gated else 4 * self.dim)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation is a product of two."""
+        return "glu" in self.activation
+
+    @property
+    def position_limit(self) -> int | None:
+        """Tokens of the longest sequence; None: any number."""
+        return self.max_positions if self.position in ("rope", "learned") else None
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """Of an encoder-decoder's encoder."""
+        return dataclasses.replace(
+            self, causal=False, num_layers=self.encoder_layers, encoder_layers=0, head="none", logit_scale=1.0
+        )
 
     def layer_window(self, layer: int) -> int | None:
         """The window of a layer, or None."""

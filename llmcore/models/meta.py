@@ -6,8 +6,8 @@ import torch
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from llmcore.models.build import Model, build_model
 from llmcore.models.config import ModelConfig
-from llmcore.models.transformer import Transformer
 
 _DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
 
@@ -22,13 +22,14 @@ class _WithoutDraws(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def meta_model(config: ModelConfig, num_tensors: int) -> Transformer:
+def meta_model(config: ModelConfig, num_tensors: int) -> Model:
     """The model on the meta device: no memory for sizes that a file's tensors don't have.
 
     Raises:
         ValueError: when it has more layers than the file has tensors.
     """
-    if config.num_layers > num_tensors:
-        raise ValueError(f"num_layers is {config.num_layers}; the file has {num_tensors} tensors")
+    for name in ("num_layers", "encoder_layers", "mtp_layers"):
+        if getattr(config, name) > num_tensors:
+            raise ValueError(f"{name} is {getattr(config, name)}; the file has {num_tensors} tensors")
     with torch.device("meta"), _WithoutDraws():
-        return Transformer(config)
+        return build_model(config)

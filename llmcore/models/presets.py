@@ -62,6 +62,15 @@ _LLAMA_MOE = {
     },
 }  # fmt: skip
 
+_ATTENTION_IS_ALL_YOU_NEED = {  # arXiv 1706.03762, table 3
+    "tiny": {
+        "dim": 64, "num_layers": 2, "encoder_layers": 2, "num_heads": 4, "ffn_dim": 128, "vocab_size": 512,
+        "dropout": 0.0,
+    },
+    "base": {"dim": 512, "num_layers": 6, "encoder_layers": 6, "num_heads": 8, "ffn_dim": 2048, "dropout": 0.1},
+    "big": {"dim": 1024, "num_layers": 6, "encoder_layers": 6, "num_heads": 16, "ffn_dim": 4096, "dropout": 0.3},
+}  # fmt: skip
+
 
 def _build(family: str, sizes: dict[str, dict[str, Any]], size: str, *layers: dict[str, Any]) -> ModelConfig:
     if size not in sizes:
@@ -102,4 +111,18 @@ def llama_dyt(size: str = "mini", **overrides: Any) -> ModelConfig:
     return config if "init_std" in overrides else dataclasses.replace(config, init_std=config.dim**-0.5)
 
 
+def attention_is_all_you_need(size: str = "base", **overrides: Any) -> ModelConfig:
+    """The encoder-decoder of "Attention Is All You Need" (arXiv 1706.03762): norms behind the residual additions,
+    sinusoidal positions, ReLU, one matrix for both token tables and the output, its rows scaled by sqrt(dim) where they
+    are looked up and small accordingly at the start. The attention's projections have no biases, as the paper writes
+    them. For `EncoderDecoder`."""
+    base = {
+        "vocab_size": 37000, "position": "sinusoidal", "activation": "relu", "norm": "layer", "norm_placement": "post",
+        "mlp_bias": True, "embedding_scale": "sqrt_dim",
+    }  # fmt: skip
+    config = _build("attention_is_all_you_need", _ATTENTION_IS_ALL_YOU_NEED, size, base, overrides)
+    return config if "init_std" in overrides else dataclasses.replace(config, init_std=config.dim**-0.5)
+
+
+# Those of decoders.
 PRESETS = {"gpt2": gpt2, "llama": llama, "llama_moe": llama_moe, "llama_dyt": llama_dyt}

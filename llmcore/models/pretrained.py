@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llmcore.checkpoints import CheckpointError, TensorFiles, read_json, write_tensor_files
 from llmcore.layers import RotaryEmbedding
+from llmcore.models.build import Model
 from llmcore.models.config import ModelConfig
 from llmcore.models.families import FAMILIES, Family, family_of
 from llmcore.models.meta import meta_model
-from llmcore.models.transformer import Transformer
 
 MAX_COUNT = 1 << 14  # of layers, and of experts in one
 _COUNTS = ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts")
@@ -23,8 +23,9 @@ _TABLE_BYTES = 256 << 20  # of rotary tables that the smallest model may have: 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_config(folder: str | Path) -> tuple[Family, ModelConfig]:
-    """The family and configuration of a folder's config.json.
+def read_config(folder: str | Path, names: Collection[str] | None = None) -> tuple[Family, ModelConfig]:
+    """The family and configuration of a folder's config.json; with the `names` of its tensors, what they tell of parts
+    that config.json leaves open.
 
     Raises:
         CheckpointError: for an unknown model_type, a setting that the family does not have here, or a config.json that
@@ -39,14 +40,15 @@ def read_config(folder: str | Path) -> tuple[Family, ModelConfig]:
         if isinstance(value := values.get(name), int) and value > MAX_COUNT:
             raise CheckpointError(f"{path}: {name} is {value}; accepted: up to {MAX_COUNT}")
     try:
-        return family, family.config(values)
+        config = family.config(values)
+        return family, config if names is None else family.fit(config, _names(family, names))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def load_pretrained(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Transformer:
+) -> Model:
     """The model of a Hugging Face folder, in evaluation mode.
 
     Args:
@@ -59,8 +61,9 @@ def load_pretrained(
             tensor that is missing, unreadable, of another shape than config.json says, or without a place in the model.
     """
     folder = Path(folder)
-    family, config = read_config(folder)
+    family, _ = read_config(folder)  # its errors first
     files = TensorFiles(folder)
+    _, config = read_config(folder, list(files))
     try:
         model = meta_model(config, len(files))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -75,7 +78,7 @@ def load_pretrained(
     return model.eval()
 
 
-def build_rope_tables(model: Transformer, source: str | Path, num_bytes: int, device: torch.device | str) -> None:
+def build_rope_tables(model: Model, source: str | Path, num_bytes: int, device: torch.device | str) -> None:
     """Makes the tables that are in no file.
 
     Raises:
@@ -103,6 +106,9 @@ def _ours(
     name_of = _names(family, files)
     used = set()
     for rule in family.rules(config):
+        if rule.copy:
+            used.update(rule.theirs)
+            continue
         if missing := [name for name in rule.theirs if name not in name_of]:
             raise CheckpointError(f"{files.folder}: tensor {missing[0]!r} is missing")
         parts = [files[name_of[name]] for name in rule.theirs]
@@ -129,16 +135,22 @@ def _ours(
             raise CheckpointError(f"{files.source(name_of[name])}: tensor {name!r} has no place in this model")
 
 
-def _names(family: Family, files: TensorFiles) -> dict[str, str]:
+def _names(family: Family, files: Collection[str] | TensorFiles) -> dict[str, str]:
     """Names as the family's rules write them -> names in the files, which may lack the prefix of the body (a model
     saved without its head)."""
-    body = "transformer." if family.model_type == "gpt2" else "model."
+    body = family.body or ""
     if any(name.startswith(body) for name in files):
-        return {name: name for name in files}
-    return {name if name.startswith("lm_head.") else body + name: name for name in files}
+        body = ""
+    result = {}
+    for name in files:
+        written = name if name.startswith(family.heads) else body + name
+        for old, new in family.renamed.items():
+            written = written.removesuffix(old) + new if written.endswith(old) else written
+        result[written] = name
+    return result
 
 
-def save_pretrained(model: Transformer, folder: str | Path, *, max_shard_bytes: int = 4 << 30) -> None:
+def save_pretrained(model: Model, folder: str | Path, *, max_shard_bytes: int = 4 << 30) -> None:
     """Writes the model as `transformers` loads it; `load_pretrained` gives every weight back bit for bit.
 
     Raises:
@@ -157,5 +169,10 @@ def save_pretrained(model: Transformer, folder: str | Path, *, max_shard_bytes: 
 
 
 def _theirs(family: Family, config: ModelConfig, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    # a body alone is saved under the names that its class has without a head
+    bare = family.body if config.head == "none" and family.body else ""
     for rule in family.rules(config):
-        yield from zip(rule.theirs, rule.split(state[rule.ours].detach()), strict=True)
+        names = [name.removeprefix(bare) for name in rule.theirs]
+        tensor = state[rule.ours].detach()
+        # a copy has memory of its own: safetensors refuses tensors that share it
+        yield from zip(names, rule.split(tensor.clone() if rule.copy else tensor), strict=True)

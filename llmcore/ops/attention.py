@@ -38,9 +38,12 @@ def _options(
 CUDA_HEAD_DIM = 576  # the largest that the CUDA kernels take (kMaxHeadDim of csrc/cuda/attention.cu)
 
 
-def _use_kernel(op: str, q: Tensor) -> bool:
-    """`use_kernel`, which looks at device and dtype alone, and on CUDA devices the head size."""
+def _use_kernel(op: str, q: Tensor, position_bias: Tensor | None = None, softcap: float | None = None) -> bool:
+    """`use_kernel`, which looks at device and dtype alone, then the bias, and on CUDA devices the head size."""
     served = use_kernel(op, q)
+    if served and position_bias is not None and (q.is_cuda or softcap is not None):
+        fall_back(f"the kernel of {op} takes a position_bias on the CPU alone, and none beside a softcap")
+        return False
     if served and q.is_cuda and q.shape[-1] > CUDA_HEAD_DIM:
         fall_back(f"the cuda kernel of {op} takes head sizes up to {CUDA_HEAD_DIM}, not {q.shape[-1]}")
         return False
@@ -58,6 +61,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     block_mask: BlockMask | None = None,
+    position_bias: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -80,6 +84,10 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118); 1e-30 to 1e30.
         sinks: (heads,): a further score of each head that takes part in the softmax and has no value (gpt-oss).
         block_mask: which key blocks a query block sees, on top of the other masks.
+        position_bias: (heads, 2 * reach + 1) floats added to the scores (after softcap and scale) by distance: a key
+            d places after the query, in the numbering of the masks, takes column d + reach, one farther than reach away
+            the first or last column (T5, arXiv 1910.10683). Differentiable. CUDA, and a softcap beside it, take the
+            reference, with a warning.
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in the packed q; ends with total_q.
         cu_seqlens_k: the same for k and v; `cu_seqlens_q` by default.
         return_lse: also return the log of each row's sum of exponentials (differentiable).
@@ -99,48 +107,52 @@ def attention(
         ValueError: window < 1 or softcap <= 0.
     """
     options = _options("attention", q, window, scale, softcap)
-    if not _use_kernel("attention", q):
+    if not _use_kernel("attention", q, position_bias, softcap):
         return reference.attention(
             q, k, v, causal=causal, window=window, scale=options[1], softcap=softcap, sinks=sinks,
-            block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+            block_mask=block_mask, position_bias=position_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            return_lse=return_lse,
         )  # fmt: skip
     out, lse = torch.ops.llmcore.attention(
-        q, k, v, None if sinks is None else sinks.float(), None if block_mask is None else block_mask.mask,
-        cu_seqlens_q, cu_seqlens_k, causal, *options, block_mask.block_q if block_mask else 0,
-        block_mask.block_k if block_mask else 0, deterministic or torch.are_deterministic_algorithms_enabled(),
+        q, k, v, *(None if t is None else t.float() for t in (sinks, position_bias)),
+        None if block_mask is None else block_mask.mask, cu_seqlens_q, cu_seqlens_k, causal, *options,
+        block_mask.block_q if block_mask else 0, block_mask.block_k if block_mask else 0,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 @register_fake("attention")
-def _(q, k, v, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, *options):
+def _(q, k, v, *rest):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     return out, q.new_empty(shape, dtype=torch.float32)
 
 
 @register_fake("attention_backward")
-def _(dout, dlse, q, k, v, out, lse, sinks, *rest):
+def _(dout, dlse, q, k, v, out, lse, sinks, position_bias, *rest):
     contiguous = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    return (*contiguous, q.new_empty(0 if sinks is None else sinks.shape[0], dtype=torch.float32))
+    shapes = [0 if t is None else t.shape for t in (sinks, position_bias)]
+    return (*contiguous, *(q.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, *options = inputs
+    q, k, v, sinks, position_bias, block_mask, cu_seqlens_q, cu_seqlens_k, *options = inputs
     ctx.options = options
-    ctx.save_for_backward(q, k, v, *output, sinks, block_mask, cu_seqlens_q, cu_seqlens_k)
+    ctx.save_for_backward(q, k, v, *output, sinks, position_bias, block_mask, cu_seqlens_q, cu_seqlens_k)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, sinks, block_mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    q, k, v, out, lse, sinks, position_bias, block_mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 14
+        return (None,) * 15
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = torch.ops.llmcore.attention_backward(
-        dout, dlse, q, k, v, out, lse, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, *ctx.options
+    dq, dk, dv, dsinks, dbias = torch.ops.llmcore.attention_backward(
+        dout, dlse, q, k, v, out, lse, sinks, position_bias, block_mask, cu_seqlens_q, cu_seqlens_k, *ctx.options
     )
-    return (dq, dk, dv, None if sinks is None else dsinks) + (None,) * 10
+    dsinks, dbias = None if sinks is None else dsinks, None if position_bias is None else dbias
+    return (dq, dk, dv, dsinks, dbias) + (None,) * 10
 
 
 torch.library.register_autograd("llmcore::attention", _backward, setup_context=_save)
@@ -159,6 +171,7 @@ def paged_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -176,7 +189,7 @@ def paged_attention(
         block_table: int32 (batch, max_blocks). Entries beyond a sequence's length are not read.
         kv_lens: int32 (batch,): keys of each sequence, the new ones included.
         cu_seqlens_q: int32 (batch + 1,): where each sequence's queries start in q.
-        causal, window, scale, softcap, sinks: as in `attention`.
+        causal, window, scale, softcap, sinks, position_bias: as in `attention`.
         k_scale, v_scale: float32 (num_blocks, block_size, kv_heads): an element stands for element * scale. Given when,
             and only when, the caches have 8 bits.
 
@@ -188,14 +201,15 @@ def paged_attention(
         ValueError: window < 1 or softcap <= 0.
     """
     options = _options("paged_attention", q, window, scale, softcap)
-    if not _use_kernel("paged_attention", q):
+    if not _use_kernel("paged_attention", q, position_bias, softcap):
         return reference.paged_attention(
             q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window,
-            scale=options[1], softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+            scale=options[1], softcap=softcap, sinks=sinks, position_bias=position_bias, k_scale=k_scale,
+            v_scale=v_scale,
         )  # fmt: skip
     return torch.ops.llmcore.paged_attention(
-        q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, None if sinks is None else sinks.float(), k_scale,
-        v_scale, causal, *options,
+        q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, None if sinks is None else sinks.float(),
+        None if position_bias is None else position_bias.float(), k_scale, v_scale, causal, *options,
     )  # fmt: skip
 
 
@@ -222,9 +236,11 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
             randn(batch, seq_k, kv_heads, dim),
             randn(batch, seq_k, kv_heads, v_dim or dim),
         )
-        return Sample(
-            label, args, {"return_lse": True, **kwargs}, (0, 1, 2, *(("sinks",) if "sinks" in kwargs else ()))
-        )
+        differentiable = (0, 1, 2, *(name for name in ("sinks", "position_bias") if name in kwargs))
+        return Sample(label, args, {"return_lse": True, **kwargs}, differentiable, cpu_only="position_bias" in kwargs)
+
+    def bias(heads, reach):
+        return torch.randn(heads, 2 * reach + 1, generator=make)
 
     yield dense("tiny", 1, 3, 5, 1, 1, 4)
     yield dense("MHA", 2, 65, 65, 3, 3, 64)
@@ -270,6 +286,14 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("packed, block-sparse", packed, {**lengths, "block_mask": mask, "return_lse": True}, (0, 1, 2))
     yield Sample("lse not asked for", (randn(1, 30, 2, 16), randn(1, 30, 2, 16), randn(1, 30, 2, 16)), {"causal": True},
                  (0, 1, 2))  # fmt: skip
+    yield dense("position bias, GQA", 2, 140, 140, 4, 2, 24, position_bias=bias(4, 20), scale=1.0)
+    yield dense("position bias, causal, window", 1, 90, 130, 2, 2, 16, causal=True, window=50, position_bias=bias(2, 7))
+    yield dense("position bias, farther than the keys", 1, 70, 50, 2, 1, 16, causal=True, position_bias=bias(2, 300))
+    yield dense("position bias of one, few queries, scale below 0", 2, 3, 200, 2, 1, 16, position_bias=bias(2, 0),
+                scale=-0.5)  # fmt: skip
+    yield Sample("packed, position bias, sinks", packed,
+                 {**lengths, "position_bias": bias(4, 9), "sinks": torch.randn(4, generator=make), "return_lse": True},
+                 (0, 1, 2, "position_bias", "sinks"), cpu_only=True)  # fmt: skip
 
 
 def _benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -308,6 +332,7 @@ register(
         features=(
             "MHA, GQA, MQA; any head size, V's may differ", "causal (bottom-right), sliding window",
             "sinks, soft cap, block-sparse", "packed (cu_seqlens)", "lse", "backward, deterministic",
+            "position bias on the CPU",
         ),
         benchmarks=_benchmarks,
         peer=_peer,
@@ -351,7 +376,8 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
             total = sum(queries)
             kwargs["cu_seqlens_q"] = torch.tensor([0, *queries]).cumsum(0).int()
         q = torch.randn(total, heads, dim, generator=make).to(dtype)
-        return Sample(label, (q, k, v, table, torch.tensor(lens, dtype=torch.int32)), kwargs, poison=True)
+        args = (q, k, v, table, torch.tensor(lens, dtype=torch.int32))
+        return Sample(label, args, kwargs, poison=True, cpu_only="position_bias" in kwargs)
 
     yield paged("decode, GQA", [1, 16, 70, 0, 33], 8, 2, 64, 16)
     yield paged("decode, split over keys", [1500], 4, 1, 32, 16)
@@ -373,6 +399,10 @@ def _paged_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield paged("prefill, not causal, sinks", [90], 2, 1, 32, 8, queries=[70], causal=False,
                 sinks=torch.randn(2, generator=make))  # fmt: skip
     yield paged("no sequences", [], 2, 1, 8, 4)
+    yield paged("decode, position bias", [1, 90, 1500, 0], 4, 2, 32, 16,
+                position_bias=torch.randn(4, 41, generator=make))  # fmt: skip
+    yield paged("prefill, position bias, int8", [90, 64], 4, 2, 32, 16, queries=[70, 3], cache_dtype=torch.int8,
+                position_bias=torch.randn(4, 41, generator=make))  # fmt: skip
 
 
 def _paged_benchmarks(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -406,9 +436,12 @@ register(
         torch_ops=("paged_attention",),
         samples=_paged_samples,
         dtypes={"cpu": FLOATS, "cuda": HALVES},
-        features=("decode and chunked prefill", "any page size; split over the keys", "float, int8 and fp8 caches"),
+        features=(
+            "decode and chunked prefill", "any page size; split over the keys", "float, int8 and fp8 caches",
+            "position bias on the CPU",
+        ),
         benchmarks=_paged_benchmarks,
         peer=_paged_peer,
         bytes=_paged_bytes,
     )
-)
+)  # fmt: skip

@@ -144,6 +144,13 @@ def _peer(x: Tensor, weight: Tensor, offsets: Tensor, *, token_of: Tensor | None
     return torch.cat([torch.nn.functional.linear(x, w) for x, w in zip(groups, weight)])
 
 
+def bytes_moved(sample: Sample, outputs: int) -> float:
+    """Of a call with that many columns of results: rows read, weights of experts with rows, rows written."""
+    x, weight, offsets = sample.args
+    used, rows = int((offsets.diff() > 0).sum()), int(offsets[-1])
+    return x.element_size() * (x.numel() + used * weight[0].numel() + rows * outputs)
+
+
 register(
     OpSpec(
         name="grouped_gemm",
@@ -156,5 +163,6 @@ register(
         benchmarks=_benchmarks,
         peer=_peer,
         flops=lambda s: 2.0 * int(s.args[2][-1]) * s.args[1].shape[1] * s.args[1].shape[2],
+        bytes=lambda s: bytes_moved(s, s.args[1].shape[1]),
     )
 )

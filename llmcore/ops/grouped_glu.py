@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcore import reference
-from llmcore.ops.grouped_gemm import DTYPES, assignments, offsets_of
+from llmcore.ops.grouped_gemm import DTYPES, assignments, bytes_moved, offsets_of
 from llmcore.ops.registry import OpSpec, Sample, register, register_fake, use_kernel
 
 
@@ -149,5 +149,6 @@ register(
         benchmarks=_benchmarks,
         peer=_peer,
         flops=lambda s: 2.0 * int(s.args[2][-1]) * s.args[1].shape[1] * s.args[1].shape[2],
+        bytes=lambda s: bytes_moved(s, s.args[1].shape[1] // 2),
     )
 )

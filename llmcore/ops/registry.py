@@ -30,13 +30,15 @@ class BackendFallbackWarning(UserWarning):
 @dataclass(frozen=True)
 class Sample:
     """One call of an op: `op(*args, **kwargs)`. `differentiable` holds the positions in args and names in kwargs whose
-    gradients are checked; `poison` marks samples that hold NaN where nothing may be read."""
+    gradients are checked; `poison` marks samples that hold NaN where nothing may be read, `cpu_only` those that no CUDA
+    kernel takes."""
 
     label: str
     args: tuple
     kwargs: dict = field(default_factory=dict)
     differentiable: tuple[int | str, ...] = ()
     poison: bool = False
+    cpu_only: bool = False
 
     def to(self, device: torch.device | str) -> Sample:
         """The call on copies of its tensors on `device`, with their strides."""

@@ -32,7 +32,19 @@ def _visible(num_q: int, num_k: int, causal: bool, window: int | None, device) -
     return seen
 
 
-def _attend(q, k, v, seen, scale, softcap, sinks) -> tuple[Tensor, Tensor]:
+def _bias(table: Tensor, num_q: int, num_k: int, heads: int) -> Tensor:
+    """(heads, num_q, num_k): the column of `table`, (heads, 2 * reach + 1), for each distance from query to key."""
+    check(
+        table.dim() == 2 and len(table) == heads and table.shape[1] % 2 == 1,
+        f"attention: position_bias has shape {tuple(table.shape)}; expected ({heads} heads, an odd number)",
+    )
+    reach = table.shape[1] // 2
+    query = torch.arange(num_q, device=table.device) + num_k - num_q
+    offset = torch.arange(num_k, device=table.device) - query[:, None]
+    return table[:, offset.clamp(-reach, reach) + reach]
+
+
+def _attend(q, k, v, seen, scale, softcap, sinks, position_bias=None) -> tuple[Tensor, Tensor]:
     """q (batch, num_q, heads, dim); k, v (batch, num_k, kv_heads, dim); seen broadcasts to (batch, heads, num_q,
     num_k). Returns out (batch, num_q, heads, v_dim) and lse (batch, heads, num_q).
 
@@ -46,6 +58,8 @@ def _attend(q, k, v, seen, scale, softcap, sinks) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + _bias(position_bias.to(wide), q.shape[1], k.shape[1], q.shape[2])
     scores = scores.masked_fill(~seen, float("-inf"))
     highest = (
         scores.detach().amax(-1, keepdim=True)
@@ -77,6 +91,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     block_mask=None,
+    position_bias: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -96,7 +111,7 @@ def attention(
         if block_mask is not None:
             blocks = block_mask.dense(q.shape[1], k.shape[1]).to(q.device)
             seen = seen & (blocks if sequence is None or blocks.shape[0] == 1 else blocks[sequence : sequence + 1])
-        return _attend(q, k, v, seen, scale, softcap, sinks)
+        return _attend(q, k, v, seen, scale, softcap, sinks, position_bias)
 
     if cu_seqlens_q is None:
         out, lse = one(q, k, v)
@@ -135,6 +150,7 @@ def paged_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -163,5 +179,5 @@ def paged_attention(
         k = gather_cache(k_cache, k_scale, block_table[row], length, wide)
         v = gather_cache(v_cache, v_scale, block_table[row], length, wide)
         seen = _visible(queries.shape[1], length, causal, window, q.device)
-        outs.append(_attend(queries, k[None], v[None], seen, scale, softcap, sinks)[0][0])
+        outs.append(_attend(queries, k[None], v[None], seen, scale, softcap, sinks, position_bias)[0][0])
     return torch.cat(outs)

@@ -170,6 +170,21 @@ class Tokenizer:
                 encodings = inner.encode_batch_fast(texts, add_special_tokens=False)
         return [prefix + encoding.ids + suffix for encoding in encodings]
 
+    def encode_wrapped(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Token ids of each text with the special tokens that the file puts around one (BERT's [CLS] and [SEP]), the
+        text cut so that there are at most `max_tokens` in all."""
+        texts = list(texts)
+        for text in texts:
+            _check_text(text)
+        room = max_tokens - self._plain.num_special_tokens_to_add(False)
+        if room < 0:
+            raise ValueError(f"max_tokens is {max_tokens}; accepted: {max_tokens - room} or more, its special tokens")
+        with _library_faults_as_value_errors():
+            encodings = self._plain.encode_batch(texts, add_special_tokens=False)
+            for encoding in encodings:
+                encoding.truncate(room)
+            return [self._plain.post_process(encoding, None, True).ids for encoding in encodings]
+
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         return _twin(self._plain) or _build(self._json)  # two, because flipping the flag on one is not thread-safe

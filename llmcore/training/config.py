@@ -124,7 +124,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         config = self.model_config(vocab_size=512)
-        if config.position != "none" and self.data.row_len > config.max_positions:
+        if config.position_limit is not None and self.data.row_len > config.max_positions:
             raise ValueError(
                 f"data.row_len is {self.data.row_len}; accepted is at most model.max_positions = {config.max_positions}"
             )

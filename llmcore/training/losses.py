@@ -38,23 +38,60 @@ def next_token_loss(model: nn.Module, batch: Any) -> Loss:
     ``cu_seqlens`` (documents + 1,), ``max_seqlen`` and ``num_targets``. The logits are never held whole. The
     auxiliary loss is a mean over the micro-batch, so it enters multiplied by ``num_targets``.
     """
-    where = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
     with recompute_activations():
-        output = model(batch.tokens, **where)
-    total = linear_cross_entropy(
-        output.hidden,
-        model.lm_head_weight,
-        batch.targets,
-        softcap=model.config.logit_softcap,
-        reduction="sum",
-    )
+        output = model(batch.tokens, **_where(batch))
+    total = _cross_entropy(model, output.hidden, batch.targets)
     metrics: dict[str, Tensor | float] = {"nll": total.detach()}
-    if output.aux_loss is not None:
-        auxiliary = output.aux_loss * batch.num_targets
+    return _with_experts(total, [output], batch, metrics)
+
+
+def multi_token_loss(model: nn.Module, batch: Any, weight: float = 0.3) -> Loss:
+    """`next_token_loss` plus `weight` times the mean cross-entropy of the modules that predict further tokens
+    (DeepSeek-V3, arXiv 2412.19437, equations 24 and 25). ``metrics["mtp_nll"]`` is that mean.
+
+    Depth k has a target fewer per sequence with each k; its sum too is divided by the number of all targets.
+    """
+    if not model.config.mtp_layers:
+        raise ValueError("mtp_layers is 0; accepted: 1 or more for a loss over several tokens")
+    with recompute_activations():
+        output = model(batch.tokens, **_where(batch))
+        ahead = model.look_ahead(output.hidden, batch.tokens, **_where(batch))
+    main = _cross_entropy(model, output.hidden, batch.targets)
+    further = main.new_zeros(())
+    for depth, out in enumerate(ahead, 1):
+        further = further + _cross_entropy(model, out.hidden, shifted_targets(batch.targets, batch.cu_seqlens, depth))
+    further = further / len(ahead)
+    metrics: dict[str, Tensor | float] = {"nll": main.detach(), "mtp_nll": further.detach()}
+    return _with_experts(main + weight * further, [output, *ahead], batch, metrics)
+
+
+def shifted_targets(targets: Tensor, cu_seqlens: Tensor, depth: int) -> Tensor:
+    """The targets `depth` tokens later in the same sequence, -100 where it has ended. targets: packed (tokens,)."""
+    ahead = torch.arange(len(targets), device=targets.device) + depth
+    end_of = cu_seqlens[1:].long()
+    ends = end_of[torch.searchsorted(end_of, ahead - depth, right=True).clamp(max=len(end_of) - 1)]
+    return torch.where(ahead < ends, targets[ahead.clamp(max=len(targets) - 1)], -100)
+
+
+def _where(batch: Any) -> dict[str, Any]:
+    return {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+
+
+def _cross_entropy(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    weight, cap = model.lm_head_weight, model.config.logit_softcap
+    return linear_cross_entropy(hidden, weight, targets, softcap=cap, reduction="sum")
+
+
+def _with_experts(total: Tensor, outputs: list, batch: Any, metrics: dict[str, Tensor | float]) -> Loss:
+    """The loss with the auxiliary losses and the experts' loads of all `outputs`."""
+    auxiliary = [output.aux_loss for output in outputs if output.aux_loss is not None]
+    if auxiliary:
+        auxiliary = torch.stack(auxiliary).sum() * batch.num_targets
         total = total + auxiliary
         metrics["aux_loss"] = auxiliary.detach()
-    if output.expert_load is not None:
-        metrics["expert_load"] = output.expert_load.detach()
+    loads = [output.expert_load for output in outputs if output.expert_load is not None]
+    if loads:
+        metrics["expert_load"] = torch.cat(loads).detach()
     return Loss(total, int(batch.num_targets), metrics)
 
 

@@ -115,7 +115,7 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, config: ModelConfig
     """
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     for index, tokens in enumerate(ids):
-        if config.position != "none" and len(tokens) >= config.max_positions:
+        if config.position_limit is not None and len(tokens) >= config.max_positions:
             raise ValueError(
                 f"sample.prompts[{index}] has {len(tokens)} tokens; accepted is fewer than model.max_positions = "
                 f"{config.max_positions}"
@@ -127,7 +127,7 @@ def sample(model: Transformer, tokenizer: Tokenizer, recipe: Recipe, ids: list[l
     """A continuation of each of the recipe's prompts, as (prompt, continuation); seeded, so repeatable."""
     settings, prompts = recipe.sample, recipe.sample.prompts
     room = model.config.max_positions - max(map(len, ids), default=0)
-    if model.config.position != "none":
+    if model.config.position_limit is not None:
         settings = replace(settings, max_tokens=min(settings.max_tokens, room))
     continued = generate(
         model,

@@ -56,9 +56,9 @@ def test_is_for_gpus():
 def test_needs_kernels_for_every_op_of_the_step(monkeypatch):
     """References look at their inputs on the host, which a capture does not allow."""
 
-    def capturable(moe=None, head_dim=64, without=None, quantized=False):
+    def capturable(moe=None, head_dim=64, without=None, quantized=False, encoder_layers=0, position="rope"):
         monkeypatch.setattr(decode_graph, "has_kernel", lambda op, model: op != without)
-        config = SimpleNamespace(moe=moe, head_dim=head_dim)
+        config = SimpleNamespace(moe=moe, head_dim=head_dim, encoder_layers=encoder_layers, position=position)
         device = torch.device("cuda")
         return can_capture(SimpleNamespace(device=device, is_quantized=quantized, config=config))
 
@@ -67,5 +67,7 @@ def test_needs_kernels_for_every_op_of_the_step(monkeypatch):
     assert capturable(without="moe_route")
     assert not capturable(head_dim=640)  # attention takes its reference
     assert not capturable(without="paged_attention")
+    assert not capturable(encoder_layers=2)  # whose sequences the host counts
+    assert not capturable(position="relative")  # attention with a bias takes its reference on a GPU
     assert not capturable(quantized=True)
     assert not capturable(moe="some", without="moe_route")

@@ -20,7 +20,8 @@ from llmcore.models.gguf_export import same_for_inference
 from llmcore.models.transformer import Transformer
 from llmcore.ops import RopeScaling
 from llmcore.tokenizers import train_tokenizer
-from tests.models.test_families import CASES, their_model
+from tests.models.parity import DECODERS as CASES
+from tests.models.parity import their_model
 
 gguf = pytest.importorskip("gguf")
 

@@ -76,11 +76,46 @@ def test_attention(change, message):
         ops.attention(**call)
 
 
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4), (5,)], ids=str)
+def test_position_bias(backend, shape):
+    message = rf"attention: position_bias has shape \({shape[0]}.*; expected \(4 heads, an odd number"
+    with llmcore.backend(backend), pytest.raises(RuntimeError, match=message):
+        ops.attention(*qkv(), position_bias=torch.zeros(shape))
+
+
+def test_position_bias_beside_a_softcap_takes_the_reference():
+    q, k, v = qkv()
+    options = {"position_bias": torch.randn(q.shape[-2], 7), "softcap": 2.0}
+    with pytest.warns(ops.BackendFallbackWarning, match="none beside a softcap"):
+        found = ops.attention(q, k, v, **options)
+    with llmcore.backend("reference"):
+        assert torch.equal(found, ops.attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_position_bias_is_a_mask_of_torch(causal):
+    """The scores' bias written out, for torch's own attention, with the gradient of every column."""
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 16, generator=make, requires_grad=True) for n in (40, 90, 90))
+    table = torch.randn(3, 2 * 11 + 1, generator=make, requires_grad=True)
+    offset = torch.arange(90) - (torch.arange(40) + 50)[:, None]
+    mask = table[:, offset.clamp(-11, 11) + 11]
+    if causal:
+        mask = mask.masked_fill(offset > 0, float("-inf"))
+    expected = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    found = ops.attention(q, k, v, causal=causal, position_bias=table)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    seed = torch.randn(found.shape, generator=make)
+    for pair in zip(*(torch.autograd.grad(out, (q, k, v, table), seed) for out in (found, expected.transpose(1, 2)))):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
 def test_dtype_that_no_backend_serves():
     with pytest.raises(TypeError, match="attention: the input has dtype int32; accepted: float32, bfloat16"):
         ops.attention(*(t.int() for t in qkv()))
     with pytest.raises(RuntimeError, match="attention: q has dtype float64; accepted: float32, bfloat16, float16"):
-        torch.ops.llmcore.attention(*(t.double() for t in qkv()), *[None] * 4, False, 0, 1.0, 0.0, 0, 0, False)
+        torch.ops.llmcore.attention(*(t.double() for t in qkv()), *[None] * 5, False, 0, 1.0, 0.0, 0, 0, False)
 
 
 @pytest.mark.parametrize("option", [{"window": 0}, {"window": -3}, {"softcap": 0.0}, {"softcap": -1.0}])

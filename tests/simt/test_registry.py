@@ -17,6 +17,8 @@ def cases():
     for name, dtypes in CUDA_OPS.items():
         for dtype in dtypes:
             for sample in registry[name].samples(dtype, "cpu"):
+                if sample.cpu_only:
+                    continue
                 label = f"{name}-{str(dtype).removeprefix('torch.')}-{sample.label}"
                 yield pytest.param(registry[name], sample, id=label)
 

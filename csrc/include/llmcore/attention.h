@@ -19,6 +19,10 @@ struct AttentionMask {
   bool causal;
   int64_t window;      // |key - position| < window; 0: none
   const float* sinks;  // (heads): one more score per row whose value is nothing; or null
+  // (heads, 2 * bias_reach + 1), CPU only, or null: added to the scores, a key d places after the query's taking column
+  // d + bias_reach, one farther away the first or last. Not with a softcap.
+  const float* position_bias;
+  int64_t bias_reach;
   // bool (batch or 1, heads or 1, blocks_q, blocks_k), 0 strides where 1; or null
   const uint8_t* block_mask;
   int64_t mask_batch, mask_head, mask_row;  // strides; keys contiguous
@@ -79,6 +83,7 @@ struct AttentionBackwardParams {
   void* dv;
   RowStrides dq_strides, dk_strides, dv_strides;
   float* dsinks;       // (batch, heads), zeroed, or null
+  float* dbias;        // (batch, heads, 2 * bias_reach + 1), zeroed, or null
   bool deterministic;  // CUDA: dq has the same bits in every run; else its sums' order is open
   void* workspace;     // CUDA: attention_backward_workspace() bytes, aligned to 16; CPU: null
 };

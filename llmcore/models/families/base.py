@@ -3,8 +3,9 @@ the Hugging Face form, both ways."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,16 +20,19 @@ _TRAINING_ONLY = {"dropout": 0.0, "init_std": 0.02}
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our tensors, made of one or more of theirs: `join` makes it, `split` undoes that bit for bit."""
+    """One of our tensors, made of one or more of theirs: `join` makes it, `split` undoes that bit for bit. A `copy` is
+    a further name that they give to it, written but not needed."""
 
     ours: str
     theirs: tuple[str, ...]
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
+    copy: bool = False
 
     def under(self, ours: str, theirs: str) -> Rule:
         """The rule with prefixes before the names."""
-        return Rule(ours + self.ours, tuple(theirs + name for name in self.theirs), self.join, self.split)
+        names = tuple(theirs + name for name in self.theirs)
+        return dataclasses.replace(self, ours=ours + self.ours, theirs=names)
 
 
 def same(ours: str, theirs: str | None = None) -> Rule:
@@ -84,6 +88,13 @@ class HFConfig:
         value = self.get(name, accepted[0])
         if value not in accepted:
             raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+    def architecture(self, *accepted: str) -> str:
+        """The one entry of `architectures`, the first of `accepted` where there is none."""
+        given = self.get("architectures", [accepted[0]])
+        if not isinstance(given, list) or len(given) != 1 or given[0] not in accepted:
+            raise ValueError(f"architectures is {given!r}; accepted: one of {', '.join(accepted)}")
+        return given[0]
 
     def rope(self, default_base: float = 10000.0, layer_type: str | None = None) -> dict[str, Any]:
         """rope_base, rope_fraction and rope_scaling, from `rope_parameters` (transformers 5) or the older `rope_theta`,
@@ -143,6 +154,11 @@ class Family:
         to_hf: our configuration -> config.json, without model_type and architectures.
         rules: our configuration -> the rules, one for each of our tensors.
         ignored: name endings of their tensors that hold nothing we lack.
+        body: the prefix that a model saved without its head lacks; None: there is none.
+        heads: beginnings of names outside the body.
+        renamed: other endings of names in older files -> those that the rules use.
+        in_files: settings that config.json leaves open and the files tell.
+        fit: the configuration and the names in the files -> the configuration with those settings.
     """
 
     model_type: str
@@ -151,6 +167,11 @@ class Family:
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Callable[[ModelConfig], Iterable[Rule]]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    body: str | None = "model."
+    heads: tuple[str, ...] = ("lm_head.",)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    in_files: tuple[str, ...] = ()
+    fit: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
 
     def config(self, values: Mapping[str, Any]) -> ModelConfig:
         try:
@@ -167,7 +188,8 @@ class Family:
         """Whether a config.json of this family says all that `config` says, but for what matters to training alone."""
         try:
             back = self.config(self.config_json(config))
-        except (ValueError, AttributeError):  # the latter from config.moe and config.mla, None in other families
+            back = dataclasses.replace(back, **{name: getattr(config, name) for name in self.in_files})
+        except (AttributeError, KeyError, TypeError, ValueError):
             return False
         return inference_settings(back) == inference_settings(config)
 
@@ -252,6 +274,28 @@ def decoder_rules(
     for i in range(config.num_layers):
         for rule in layer(config, i):
             yield rule.under(f"blocks.{i}.", f"{body}layers.{i}.")
+    for k in range(config.mtp_layers):
+        yield from mtp_rules(config, k, layer)
+
+
+def mtp_rules(config: ModelConfig, depth: int, layer: Callable[[ModelConfig, int], Iterable[Rule]]) -> Iterator[Rule]:
+    """A multi-token-prediction module, which they count among the layers, with copies of what it shares."""
+    i = config.num_layers + depth
+    ours, theirs = f"mtp.{depth}.", f"model.layers.{i}."
+    names = {"embed_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm"}
+    for name, other in names.items():
+        yield same(f"{ours}{name}.weight", f"{theirs}{other}.weight")
+    for rule in layer(config, i):
+        yield rule.under(f"{ours}block.", theirs)
+    head = "embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+    for name, other in (("embed_tokens.weight", "embed_tokens"), (head, "shared_head.head")):
+        yield dataclasses.replace(same(name, f"{theirs}{other}.weight"), copy=True)
+
+
+def fit_mtp(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """config.json may count multi-token-prediction modules that the files leave out."""
+    there = f"model.layers.{config.num_layers}.enorm.weight" in names
+    return config if there else dataclasses.replace(config, mtp_layers=0)
 
 
 def attention_rules(config: ModelConfig) -> Iterator[Rule]:

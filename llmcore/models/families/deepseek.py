@@ -1,5 +1,5 @@
 """DeepSeek-V2 (arXiv 2405.04434) and V3 (arXiv 2412.19437): latent attention, experts of which the first layers have
-none, chosen among the best groups."""
+none, chosen among the best groups; V3 with multi-token prediction."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from llmcore.models.families.base import (
     decoder_config,
     decoder_json,
     decoder_rules,
+    fit_mtp,
     pre_norm_rules,
     same,
 )
 from llmcore.models.families.moe import sparse_layer
 
 
-def _shared(c: HFConfig, moe: MoEConfig | None) -> ModelConfig:
+def _shared(c: HFConfig, moe: MoEConfig | None, mtp_layers: int = 0) -> ModelConfig:
     c.check("hidden_act", "silu")
     mla = MLAConfig(
         kv_lora_rank=c.need("kv_lora_rank"), q_lora_rank=c.get("q_lora_rank"),
@@ -35,7 +36,7 @@ def _shared(c: HFConfig, moe: MoEConfig | None) -> ModelConfig:
     return ModelConfig(
         **decoder_config(
             c, num_kv_heads=None, head_dim=None, mla=mla, moe=moe, qkv_bias=bias, attention_out_bias=bias,
-            attention_scale=scale, rope_interleaved=c.get("rope_interleave", True), **rope,
+            mtp_layers=mtp_layers, attention_scale=scale, rope_interleaved=c.get("rope_interleave", True), **rope,
         )
     )  # fmt: skip
 
@@ -70,6 +71,7 @@ def _v3(c: HFConfig) -> ModelConfig:
             c, score="sigmoid", num_groups=c.get("n_group", 1), topk_groups=c.get("topk_group", 1),
             renormalize=c.get("norm_topk_prob", True), balancing="bias",
         ),
+        c.get("num_nextn_predict_layers", 0),
     )  # fmt: skip
 
 
@@ -98,7 +100,7 @@ def _v2_json(config: ModelConfig) -> dict[str, Any]:
 def _v3_json(config: ModelConfig) -> dict[str, Any]:
     return _json(
         config, topk_method="noaux_tc", scoring_func="sigmoid", rope_interleave=config.rope_interleaved,
-        num_nextn_predict_layers=0,
+        num_nextn_predict_layers=config.mtp_layers,
     )  # fmt: skip
 
 
@@ -128,4 +130,4 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
 
 
 DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", _v2, _v2_json, _rules)
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _v3, _v3_json, _rules)
+DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _v3, _v3_json, _rules, fit=fit_mtp)

@@ -54,4 +54,6 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
 
 
 # The published files hold the causal mask too, and no prefix "transformer." (see checkpoints.hf).
-GPT2 = Family("gpt2", "GPT2LMHeadModel", _config, _json, _rules, ignored=("attn.bias", "attn.masked_bias"))
+GPT2 = Family(
+    "gpt2", "GPT2LMHeadModel", _config, _json, _rules, ignored=("attn.bias", "attn.masked_bias"), body="transformer."
+)

@@ -19,6 +19,7 @@ from llmcore.models.families.base import (
     decoder_json,
     decoder_rules,
     expert_rules,
+    fit_mtp,
     gated_mlp_rules,
     layer_types,
     pre_norm_rules,
@@ -89,9 +90,10 @@ def _glm4_moe(c: HFConfig) -> ModelConfig:
         rope["rope_fraction"] = c.get("partial_rotary_factor", 0.5)
     return ModelConfig(
         **decoder_config(
-            c, qk_norm=c.get("use_qk_norm", False), qkv_bias=c.get("attention_bias", False), moe=moe, **rope
+            c, qk_norm=c.get("use_qk_norm", False), qkv_bias=c.get("attention_bias", False), moe=moe,
+            mtp_layers=c.get("num_nextn_predict_layers", 0), **rope,
         )
-    )
+    )  # fmt: skip
 
 
 def _glm4_moe_json(config: ModelConfig) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _glm4_moe_json(config: ModelConfig) -> dict[str, Any]:
         config, attention_bias=config.qkv_bias, use_qk_norm=config.qk_norm, n_routed_experts=moe.num_experts,
         num_experts_per_tok=moe.top_k, moe_intermediate_size=moe.ffn_dim, n_shared_experts=moe.shared_experts,
         first_k_dense_replace=moe.first_dense_layers, n_group=moe.num_groups, topk_group=moe.topk_groups,
-        norm_topk_prob=moe.renormalize, routed_scaling_factor=moe.scale, num_nextn_predict_layers=0,
+        norm_topk_prob=moe.renormalize, routed_scaling_factor=moe.scale, num_nextn_predict_layers=config.mtp_layers,
     )  # fmt: skip
     values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     return values | {"partial_rotary_factor": config.rope_fraction}
@@ -175,8 +177,9 @@ QWEN3_MOE = Family(
     lambda config: decoder_rules(config, _qwen3_moe_layer),
 )  # fmt: skip
 GLM4_MOE = Family(
-    "glm4_moe", "Glm4MoeForCausalLM", _glm4_moe, _glm4_moe_json, lambda config: decoder_rules(config, _glm4_moe_layer)
-)
+    "glm4_moe", "Glm4MoeForCausalLM", _glm4_moe, _glm4_moe_json, lambda config: decoder_rules(config, _glm4_moe_layer),
+    fit=fit_mtp,
+)  # fmt: skip
 GPT_OSS = Family(
     "gpt_oss", "GptOssForCausalLM", _gpt_oss, _gpt_oss_json, lambda config: decoder_rules(config, _gpt_oss_layer)
 )
