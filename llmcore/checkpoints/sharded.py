@@ -17,23 +17,24 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorFiles:
-    """The tensors of a folder by name. Files are mapped, not read: a tensor costs memory when it is asked for.
+    """The tensors of a folder by name: of its model, or of one `file` in it. Files are mapped, not read: a tensor costs
+    memory when it is asked for.
 
     Raises:
         CheckpointError: for a folder without tensors, a shard that is missing or not readable, or an index that
             contradicts its shards. Names the file.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, file: str | None = None) -> None:
         self.folder = Path(folder)
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        if (index := self.folder / INDEX).is_file():
+        if file is None and (index := self.folder / INDEX).is_file():
             self._read_index(index)
-        elif (single := self.folder / SINGLE).is_file():
+        elif (single := self.folder / (file or SINGLE)).is_file():
             self._file_of = dict.fromkeys(self._names(single), single)
         else:
-            raise CheckpointError(f"{self.folder}: has no {SINGLE} and no {INDEX}")
+            raise CheckpointError(f"{self.folder}: has no {file or f'{SINGLE} and no {INDEX}'}")
 
     def _read_index(self, index: Path) -> None:
         shards = read_json(index).get("weight_map")

@@ -121,11 +121,12 @@ class PagedKVCache:
         held = self._held.get(sequence)
         if held is None:
             return self.blocks_for(count, self.block_size)
-        more = self.blocks_for(held.length + count, self.block_size) - len(held.blocks)
-        return more + (count > 0 and self._ends_in_shared_block(held))
+        size, length = self.block_size, held.length
+        more = -(-(length + count) // size) - len(held.blocks)
+        return more + (count > 0 and length % size > 0 and self._is_shared(held.blocks[-1]))
 
-    def _ends_in_shared_block(self, held: _Held) -> bool:
-        return held.length % self.block_size > 0 and self._allocator.references(held.blocks[-1]) > 1
+    def _is_shared(self, block: int) -> bool:
+        return self._allocator.references(block) > 1
 
     def extend(self, sequences: Sequence[int], counts: Sequence[int]) -> CacheStep:
         """Makes room for `counts[i]` more tokens of `sequences[i]`; a new one is added.
@@ -161,32 +162,37 @@ class PagedKVCache:
             raise ValueError(f"sequences are {list(sequences)}, counts {list(counts)}; accepted: each once, one count")
         if any(count < 1 for count in counts):
             raise ValueError(f"counts are {list(counts)}; accepted: 1 or more each")
-        needed = sum(self.blocks_needed(s, count) for s, count in zip(sequences, counts))
-        if needed > self.num_free_blocks:
+        needed = [self.blocks_needed(s, count) for s, count in zip(sequences, counts)]
+        if sum(needed) > self.num_free_blocks:
             raise MemoryError(
-                f"{needed} more cache blocks of {self.block_size} tokens are needed; {self.num_free_blocks} of "
+                f"{sum(needed)} more cache blocks of {self.block_size} tokens are needed; {self.num_free_blocks} of "
                 f"{self.num_blocks} are free"
             )
         slots: list[int] = []
         positions: list[int] = []
         copies: list[tuple[int, int]] = []
         size, rows = self.block_size, []
-        for sequence, count in zip(sequences, counts):
+        for sequence, count, num_new in zip(sequences, counts, needed):
             held = self._held.get(sequence)
             if held is None:
                 held = self._held[sequence] = _Held()
-            if num_new := self.blocks_needed(sequence, count):  # less than above, where a sharer has got its copy
-                blocks = self._allocator.take(num_new)
-                if self._ends_in_shared_block(held):
+            begin = held.length
+            if num_new:
+                blocks = self._allocator.take(self.blocks_needed(sequence, count))  # less, where a sharer got its copy
+                if begin % size and self._is_shared(held.blocks[-1]):
                     copies.append((held.blocks[-1], blocks[0]))
                     self._allocator.release(held.blocks[-1:])
                     held.blocks[-1:] = blocks[:1]
                     blocks = blocks[1:]
                 held.blocks += blocks
-            span = range(held.length, held.length + count)
-            held.length += count
-            positions += span
-            slots += [held.blocks[p // size] * size + p % size for p in span]
+            held.length = begin + count
+            if count == 1:
+                positions.append(begin)
+                slots.append(held.blocks[begin // size] * size + begin % size)
+            else:
+                span = range(begin, begin + count)
+                positions += span
+                slots += [held.blocks[p // size] * size + p % size for p in span]
             rows.append(held)
         self._copy(copies)
         return Room(slots, positions, [held.length for held in rows], [held.blocks for held in rows])
@@ -265,4 +271,4 @@ class PagedKVCache:
         return self._held[sequence]
 
     def _tensor(self, values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device)
+        return torch.tensor(values, dtype=dtype, device=self.device)

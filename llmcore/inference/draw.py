@@ -32,16 +32,20 @@ def draw_rows(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], list[
     if asking:
         some = len(asking) < len(rows)
         index = torch.tensor(asking, device=logits.device) if some else None
+        known = logprobs[index] if some else logprobs
+        if adjusted is not logits:  # what is known of a row must not depend on the rows beside it
+            adjusts = torch.tensor([rows[i].sequence.request.adjusts for i in asking], device=logits.device)
+            known = known.masked_fill(adjusts, torch.nan)
         counts = [rows[i].sequence.params.logprobs for i in asking]
-        of = token_logprobs(
-            logits[index] if some else logits,
-            [tokens[i] for i in asking],
-            counts,
-            None if adjusted is not logits else logprobs[index] if some else logprobs,
-        )
+        of = token_logprobs(logits[index] if some else logits, [tokens[i] for i in asking], counts, known)
         for i, logprob in zip(asking, of):
             told[i] = logprob
     return tokens, told
+
+
+def draw_tokens(logits: Tensor, rows: Sized[Row]) -> list[int | None]:
+    """The tokens of `draw_rows` alone."""
+    return _sample(_adjusted(logits, rows), rows)[0]
 
 
 def _sample(logits: Tensor, rows: Sized[Row]) -> tuple[list[int | None], Tensor]:
@@ -112,16 +116,22 @@ def token_logprobs(
     """Of one token per row of logits, and of the `counts` likeliest ones; ranks only where some are asked for.
 
     Args:
-        known: (rows,) float32, the tokens' log-probabilities, where they are known already.
+        known: (rows,) float32, the tokens' log-probabilities, or NaN where they are not known already.
     """
     counts = [counts] * len(tokens) if isinstance(counts, int) else counts
     most = min(max(counts), logits.shape[1])
-    if most == 0 and known is not None:
+    unknown = known.isnan() if known is not None else None
+    some_unknown = known is None or bool(unknown.any())
+    if most == 0 and not some_unknown:
         return [TokenLogprob(token, logprob, 0, {}) for token, logprob in zip(tokens, known.tolist())]
     own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-    ranks = [0] * len(tokens) if most == 0 else ((logits > own).sum(dim=1) + 1).tolist()
+    ranks = [0] * len(tokens)
+    if most:
+        ranks = [rank if n else 0 for rank, n in zip(((logits > own).sum(dim=1) + 1).tolist(), counts)]
     own = own[:, 0].float()
-    total = logits.float().logsumexp(dim=-1) if known is None else own - known
+    total = logits.float().logsumexp(dim=-1) if some_unknown else own - known
+    if some_unknown and known is not None:
+        total = torch.where(unknown, total, own - known)
     logprobs = (own - total).tolist()
     tops: list[dict[int, float]] = [{} for _ in tokens]
     if most:

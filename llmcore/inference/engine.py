@@ -9,16 +9,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from llmcore.inference.adapters import Adapter, Adapters
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.constraints import Matcher
 from llmcore.inference.params import SamplingParams
 from llmcore.inference.runner import Drawn, Runner
 from llmcore.inference.scheduler import Scheduler, Work
 from llmcore.inference.sequence import Delta, Finish, Request, RequestOutput, Sequence, completion
+from llmcore.inference.speculation import Speculator
 from llmcore.inference.stats import EngineStats
 from llmcore.inference.text import TextStream
 from llmcore.models import Transformer
@@ -41,8 +44,9 @@ class Engine:
         max_batch_tokens, max_sequences, preemption: see `Scheduler`.
         prefix_caching: what the cache holds of earlier requests is not computed again.
         batch_invariant: see `Runner`.
-        speculator: guesses tokens that the model then checks several at a time.
-        adapters: of requests that name one.
+        speculator: guesses tokens that the model then checks several at a time (`llmcore.inference.speculation`).
+        adapters: LoRA adapters by the name that requests have for them: folders that PEFT saved, or those loaded
+            (`llmcore.inference.adapters`).
     """
 
     def __init__(
@@ -59,8 +63,8 @@ class Engine:
         preemption: Literal["recompute", "swap"] = "recompute",
         prefix_caching: bool = True,
         batch_invariant: bool = False,
-        speculator: Any = None,
-        adapters: Mapping[str, Any] | None = None,
+        speculator: Speculator | None = None,
+        adapters: Mapping[str, str | Path | Adapter] | None = None,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         if stop_ids is None:
@@ -80,7 +84,11 @@ class Engine:
             prefix_caching=prefix_caching,
         )  # fmt: skip
         self.runner = Runner(model, self.cache, batch_invariant=batch_invariant)
-        self.speculator, self.adapters = speculator, adapters
+        self.speculator = speculator
+        self.adapters = Adapters(model, adapters) if adapters is not None else None
+        if speculator is not None:
+            speculator.attach(model)
+            self.runner.observe = speculator.observe if speculator.needs_hidden else None
         self.requests: dict[str, Request] = {}
         self._sequence_ids, self._numbers = itertools.count(), itertools.count()
         self._inboxes: dict[str, deque[Delta]] = {}  # of the requests that `stream` waits for
@@ -114,6 +122,8 @@ class Engine:
             request_id = f"request-{next(self._numbers)}"
         request = Request(request_id, tokens, params, max_tokens=self._max_tokens(tokens, params))
         request.stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else self.stop_ids)
+        if params.adapter is not None:
+            request.adapter, request.salt = self.adapters[params.adapter], self.adapters.salt(params.adapter)
         request.seed = int(torch.randint(2**62, ())) if params.seed is None else int(params.seed)
         self._new_sequence(request, 0)
         return request
@@ -316,7 +326,7 @@ class Engine:
                 break
         self._generated += count
         self._drafted += len(sequence.drafts)
-        self._accepted += count - 1 if sequence.drafts else 0
+        self._accepted += min(count, len(drawn.tokens) - 1)
         tokens = drawn.tokens[:count]
         if params.logprobs is not None:
             sequence.logprobs += drawn.logprobs[:count]
@@ -350,6 +360,8 @@ class Engine:
         request = sequence.request
         sequence.finish = finish
         self.scheduler.remove(sequence)
+        if self.speculator is not None:
+            self.speculator.release(sequence)
         sequence.text += sequence.stream.finish()
         request.outputs.append(completion(sequence))
         if all(s.finish is not None for s in request.sequences) and not sequence.request.sequences[0].forks_to_come:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmcore.inference.adapters import Adapter, applied
 from llmcore.inference.cache import PagedKVCache
 from llmcore.inference.decode_graph import DecodeGraph, can_capture
 from llmcore.inference.decoder import Decoder, can_decode
@@ -45,17 +47,27 @@ class Runner:
         self._decoder = Decoder(model, cache) if can_decode(model) else None
         self._graphs = DecodeGraphs(model, cache) if can_capture(model) and not batch_invariant else None
         self._rows_at_once = Decoder.MAX_TOKENS if self._decoder is not None else 1  # where bits must not change
+        self.observe: Callable[[list[Work], Tensor], None] | None = None  # told the hidden states of each step
 
     @torch.inference_mode()  # unlike no_grad, ops then skip their autograd layer: 3 us a call
     def run(self, work: list[Work]) -> dict[Sequence, Drawn]:
         """Runs a step. What was drawn for each sequence and its siblings, nothing where a prompt goes on."""
         rows, wanted = _rows(work)
         told: dict[Sequence, list[TokenLogprob]] = {}
-        if self._graphs is not None and all(w.tokens == 1 and w.draws for w in work):
+        adapters = [w.sequence.request.adapter for w in work]
+        adapters = adapters if any(a is not None for a in adapters) else None
+        plain = self.observe is None and adapters is None
+        if self._graphs is not None and plain and all(w.tokens == 1 and w.draws for w in work):
             sequences = [w.sequence for w in work]
             logits = self._graphs.logits([s.id for s in sequences], [s.tokens[-1] for s in sequences])
         else:
-            hidden = self._hidden(work)
+            new: list[int] = []
+            for sequence, count, *_ in work:
+                new += sequence.tokens[sequence.computed : sequence.computed + count]
+                new += sequence.drafts
+            hidden = self._hidden([w.sequence.id for w in work], [w.tokens for w in work], new, adapters)
+            if self.observe is not None:
+                self.observe(work, hidden)
             told = self._prompt_logprobs(hidden, work)
             logits = self._logits(hidden, wanted) if wanted else None
         drawn = _draw(logits, rows) if rows else {}
@@ -63,19 +75,38 @@ class Runner:
             drawn[sequence] = drawn.get(sequence, Drawn([], []))._replace(prompt_logprobs=logprobs)
         return drawn
 
-    def _hidden(self, work: list[Work]) -> Tensor:
-        """(tokens of the step, dim)"""
-        parts = [w.sequence.tokens[w.sequence.computed :][: w.count] + w.sequence.drafts for w in work]
+    def last_logits(self, sequences: list[int], parts: list[list[int]]) -> Tensor:
+        """Extends each sequence in the cache by its tokens. Gives the logits after the last, (sequences, vocab)."""
         counts = [len(part) for part in parts]
-        step = self.cache.extend([w.sequence.id for w in work], counts)
-        tokens = torch.tensor(list(itertools.chain.from_iterable(parts)), device=self.cache.device)
+        if self._graphs is not None and max(counts) == 1:
+            return self._graphs.logits(sequences, [part[0] for part in parts])
+        hidden = self._hidden(sequences, counts, list(itertools.chain.from_iterable(parts)))
+        return self._logits(hidden, [end - 1 for end in itertools.accumulate(counts)])
+
+    def _hidden(
+        self, sequences: list[int], counts: list[int], new: list[int], adapters: list[Adapter | None] | None = None
+    ) -> Tensor:
+        """Runs `counts[i]` tokens of each sequence, which are in `new` one after another. Gives (tokens, dim)."""
+        step = self.cache.extend(sequences, counts)
+        tokens = torch.tensor(new, device=self.cache.device)
+        of_token = None
+        if adapters is not None:
+            of_token = [adapter for adapter, count in zip(adapters, counts) for _ in range(count)]
         if self.batch_invariant:
-            return self._row_by_row(tokens, step, counts)
+            return self._row_by_row(tokens, step, counts, of_token)
+        return self._model(tokens, step, of_token)
+
+    def _model(self, tokens: Tensor, step: CacheStep, adapters: list[Adapter | None] | None) -> Tensor:
+        if adapters is not None:  # the decoder knows only the model's own weights
+            with applied(self.model, adapters):
+                return self.model(tokens, cache=step).hidden
         if self._decoder is not None and len(tokens) <= self._decoder.MAX_TOKENS:
             return self._decoder.hidden(tokens, step)
         return self.model(tokens, cache=step).hidden
 
-    def _row_by_row(self, tokens: Tensor, step: CacheStep, counts: list[int]) -> Tensor:
+    def _row_by_row(
+        self, tokens: Tensor, step: CacheStep, counts: list[int], adapters: list[Adapter | None] | None
+    ) -> Tensor:
         """Each token as a sequence that ends with it."""
         of_row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(tokens.device)
         lengths = (step.positions + 1).int()
@@ -88,14 +119,12 @@ class Runner:
                 step.k_caches, step.v_caches, step.slot_mapping[part], table, lengths[part], step.positions[part], None,
                 step.k_scales, step.v_scales,
             )  # fmt: skip
-            if self._decoder is None:
-                hidden.append(self.model(tokens[part], cache=rows).hidden)
-            else:
-                hidden.append(self._decoder.hidden(tokens[part], rows))
+            mine = adapters and adapters[int(part[0]) : int(part[-1]) + 1]
+            hidden.append(self._model(tokens[part], rows, mine if mine and any(mine) else None))
         return torch.cat(hidden)
 
     def _logits(self, hidden: Tensor, rows: Sized[int]) -> Tensor:
-        if len(rows) < len(hidden):
+        if len(rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(rows, device=hidden.device)]
         if self.batch_invariant:
             return torch.cat([self.model.logits(part) for part in hidden.split(self._rows_at_once)])
@@ -137,7 +166,7 @@ def _rows(work: list[Work]) -> tuple[list[Row], list[int]]:
 
 def _draw(logits: Tensor, rows: list[Row]) -> dict[Sequence, Drawn]:
     """A token for each row, and of each sequence those up to the first draft that was wrong."""
-    if len(rows) != len(logits):  # siblings draw from one row
+    if len(rows) != logits.shape[0]:  # siblings draw from one row
         logits = logits[torch.tensor([row.at for row in rows], device=logits.device)]
     tokens, logprobs = draw_rows(logits, rows)
     result: dict[Sequence, Drawn] = {}

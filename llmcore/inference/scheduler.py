@@ -100,9 +100,11 @@ class Scheduler:
 
     def _continue(self, sequence: Sequence) -> Work | None:
         """Plans for a running sequence; those after it give way where blocks are lacking. None: it did itself."""
-        count = 1 if sequence.remaining == 1 else min(sequence.remaining, self._spare)
-        taken = count if sequence.remaining > 1 else 0
-        del sequence.drafts[max(0, self._spare - taken) if count == sequence.remaining else 0 :]
+        remaining = sequence.remaining
+        count = 1 if remaining == 1 else min(remaining, self._spare)
+        taken = count if remaining > 1 else 0
+        if sequence.drafts:
+            del sequence.drafts[max(0, self._spare - taken) if count == remaining else 0 :]
         while (needed := self._needed(sequence, count)) > self.cache.num_free_blocks - self._planned:
             if sequence.drafts:
                 sequence.drafts.clear()
@@ -113,7 +115,7 @@ class Scheduler:
                 return None
         self._planned += needed
         self._spare -= taken + len(sequence.drafts)
-        return Work(sequence, count, count == sequence.remaining)
+        return Work(sequence, count, count == remaining)
 
     def _begin_waiting(self) -> list[Work]:
         """Begins waiting sequences while there is room for all that each has, and for one more block of each text."""

@@ -120,6 +120,7 @@ class Request:
     max_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
+    adapter: Any = None  # low-rank weights to run with
     salt: int = 0  # of the cache's prefixes: what was computed with other weights is no prefix
     arrival: float = 0.0
     first_token_time: float | None = None
@@ -128,15 +129,11 @@ class Request:
     outputs: list[Completion] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        p = self.params
+        p, self.prompt_len = self.params, len(self.prompt)
         # as `llmcore.ops.sample` takes them
         self.sampling = (float(p.temperature), p.top_k or 0, 1.0 if p.top_p is None else p.top_p, float(p.min_p or 0))
         # whether its logits are changed before a token is drawn
         self.adjusts = bool(p.has_penalties or p.logit_bias or p.min_tokens or p.constraint is not None)
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.prompt)
 
     def result(self) -> RequestOutput:
         choices = sorted(self.outputs, key=lambda c: c.index)
