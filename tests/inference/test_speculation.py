@@ -244,7 +244,7 @@ def test_drafts_by_the_batch(model):
             return super().draft(sequences, limits)
 
     prompts = [[i + 1] for i in range(9)]
-    params = [SamplingParams(max_tokens=4 + i, ignore_eos=True) for i in range(9)]
+    params = [SamplingParams(max_tokens=4 + 16 * i, ignore_eos=True) for i in range(9)]
     run(model, Counting(6, max_batch=8, max_rows=32), prompts, params)
     most = {size: max(limit for n, limit in counts if n == size) for size, _ in counts}
     assert 9 not in most
