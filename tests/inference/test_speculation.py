@@ -192,7 +192,7 @@ class Recording(MTPSpeculator):
 
 @torch.no_grad()
 def test_multi_token_prediction_guesses_what_the_module_says(mtp_model):
-    """The first draft against `look_ahead` over the whole text, and the second against it by hand."""
+    """The first draft of a step against `look_ahead` over the whole text."""
     speculator = Recording(2, **MANY)
     speculator.made, speculator.KEEP = {}, 4
     prompts = [list(TEXT.encode()[:n]) for n in (2, 9, 50)]
