@@ -192,7 +192,7 @@ class Recording(MTPSpeculator):
 
 @torch.no_grad()
 def test_multi_token_prediction_guesses_what_the_module_says(mtp_model):
-    """The first draft against `look_ahead` over the whole text, and the second against it by hand."""
+    """The first draft of a step against `look_ahead` over the whole text."""
     speculator = Recording(2, **MANY)
     speculator.made, speculator.KEEP = {}, 4
     prompts = [list(TEXT.encode()[:n]) for n in (2, 9, 50)]
@@ -244,7 +244,7 @@ def test_drafts_by_the_batch(model):
             return super().draft(sequences, limits)
 
     prompts = [[i + 1] for i in range(9)]
-    params = [SamplingParams(max_tokens=4 + i, ignore_eos=True) for i in range(9)]
+    params = [SamplingParams(max_tokens=4 + 16 * i, ignore_eos=True) for i in range(9)]
     run(model, Counting(6, max_batch=8, max_rows=32), prompts, params)
     most = {size: max(limit for n, limit in counts if n == size) for size, _ in counts}
     assert 9 not in most
