@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 
 import pytest
@@ -315,8 +316,9 @@ def test_on_the_asynchronous_engine(model):
         running = AsyncEngine(engine)
         beside = [delta async for delta in running.stream([5, 6, 7], SamplingParams(max_tokens=4))]
         results = await asyncio.gather(*(run_strategy_async(running, CHAT, spec, PARAMS) for spec in SPECS))
-        cancelled = asyncio.create_task(run_strategy_async(running, CHAT, {"name": "beam-search"}, PARAMS))
-        while not running.stats().running:
+        long = dataclasses.replace(PARAMS, max_tokens=64, ignore_eos=True)  # of many steps, so that one is seen
+        cancelled = asyncio.create_task(run_strategy_async(running, CHAT, {"name": "self-consistency", "n": 8}, long))
+        while not running.stats().running and not cancelled.done():
             await asyncio.sleep(0.001)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
