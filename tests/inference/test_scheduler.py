@@ -13,6 +13,7 @@ from llmcore.inference import PagedKVCache, SamplingParams
 from llmcore.inference.engine import Engine
 from llmcore.inference.runner import Drawn
 from llmcore.inference.scheduler import Scheduler
+from llmcore.inference.speculation import Speculator
 from llmcore.models import ModelConfig, Transformer
 
 CONFIG = ModelConfig(vocab_size=8, dim=8, num_layers=1, num_heads=1, num_kv_heads=1, max_positions=64)
@@ -57,8 +58,11 @@ class FakeRunner:
         return (sum(tokens) + len(tokens) + sequence.index) % 8
 
 
-class Guesser:
-    """Drafts of which some are right."""
+class Guesser(Speculator):
+    """Drafts of which some are right, for any engine."""
+
+    def attach(self, model):
+        pass
 
     def propose(self, sequences, counts):
         drafts = []
