@@ -3,7 +3,7 @@ string."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from llmcore.tokenizers import Tokenizer
 
@@ -14,12 +14,13 @@ _WINDOW = 16
 class TextStream:
     """The text of one sequence: `feed` each token, show what it gives; `finish` gives what still waits.
 
-    Special tokens are no text; without a tokenizer nothing is. After a stop string `stopped` is True and no text
-    follows; the string is left out.
+    Special tokens are no text, but for those in `shown`; without a tokenizer nothing is. After a stop string `stopped`
+    is True and no text follows; the string is left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), shown: Collection[int] = ()) -> None:
+        self._tokenizer, self._stop, self._shown = tokenizer, tuple(stop), frozenset(shown)
+        self._hidden = frozenset(tokenizer.special_tokens.values()) - self._shown if shown else frozenset()
         # The last tokens, since a token's text depends on those before it; and how much of their text was given. With
         # a byte-level tokenizer only those of a character that has begun.
         self._window: list[int] = []
@@ -35,7 +36,9 @@ class TextStream:
 
     def feed(self, token: int, may_stop: bool = True) -> str:
         """The text that this token completes. Without `may_stop` a stop string that it completes is text."""
-        text = "" if self._tokenizer is None else self._tokenizer.text_of(token)
+        if self._tokenizer is None:
+            return ""
+        text = None if token in self._shown else self._tokenizer.text_of(token)
         if text == "":
             return ""
         if text is not None and not self._window:
@@ -68,7 +71,9 @@ class TextStream:
         return waits
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        if not self._shown:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode([token for token in ids if token not in self._hidden])
 
     def _hold_back(self, new: str, may_stop: bool = True) -> str:
         """Of all text that waits, what can be no part of a stop string."""
@@ -83,12 +88,12 @@ class TextStream:
             self.stopped, self._waiting = True, ""
             text = text[: min(found)]
         else:
-            held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            held = max((overlap(text, stop) for stop in self._stop), default=0)
             text, self._waiting = text[: len(text) - held], text[len(text) - held :]
         self._parts.append(text)
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

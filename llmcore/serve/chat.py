@@ -11,7 +11,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from llmcore.serve.choices import Choice, MarkedText, chat_delta, chat_logprobs, special_marks
+from llmcore.inference.text import TextStream
+from llmcore.serve.choices import Choice, chat_delta, chat_logprobs, special_marks
 from llmcore.serve.errors import ApiError
 from llmcore.serve.job import Job, Served
 from llmcore.serve.protocol import ChatRequest
@@ -99,8 +100,8 @@ def _choice(served: Served, request: ChatRequest, inside: bool) -> Choice:
     reasoning = reasoning_parser(inside) if served.reasoning else None
     if served.reasoning:
         marks = (marks or frozenset()) | special_marks(tokenizer, ("<think>", "</think>"))
-    text = MarkedText(tokenizer, marks, request.stop or ()) if marks else None
-    return Choice(reasoning, tools, one_call=not request.parallel_tool_calls, text=text)
+    stream = TextStream(tokenizer, request.stop or (), shown=marks) if marks else None
+    return Choice(reasoning, tools, one_call=not request.parallel_tool_calls, stream=stream)
 
 
 def _entry(served: Served, request: ChatRequest, index: int, choice: Choice) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmcore.inference.sequence import Delta, Finish, TokenLogprob
-from llmcore.serve.incremental import CallArguments, CallStart, Content, Event, Parser, Reasoning, overlap
+from llmcore.inference.text import TextStream
+from llmcore.serve.incremental import CallArguments, CallStart, Content, Event, Parser, Reasoning
 from llmcore.tokenizers import Tokenizer
 from llmcore.tokenizers.train import byte_alphabet
 
@@ -21,7 +22,7 @@ class Choice:
     Args:
         reasoning, tools: parsers that tell thoughts and calls from the text; None: all is text.
         one_call: calls after the first are dropped.
-        text: makes text of tokens where the engine's own lacks what a parser must see.
+        stream: makes text of tokens where the engine's own lacks special tokens that a parser must see.
     """
 
     def __init__(
@@ -30,9 +31,9 @@ class Choice:
         tools: Parser | None = None,
         *,
         one_call: bool = False,
-        text: MarkedText | None = None,
+        stream: TextStream | None = None,
     ) -> None:
-        self._reasoning, self._tools, self._one_call, self._text = reasoning, tools, one_call, text
+        self._reasoning, self._tools, self._one_call, self._stream = reasoning, tools, one_call, stream
         self.content, self.thoughts = [], []
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[TokenLogprob] = []
@@ -41,7 +42,7 @@ class Choice:
     def take(self, delta: Delta) -> list[Event]:
         """What a delta tells; the sum of all is kept."""
         last = delta.finish is not None
-        text = delta.text if self._text is None else self._text.feed(delta.tokens, last)
+        text = delta.text if self._stream is None else self._streamed(delta)
         events = [Content(text)] if text else []
         for parser, kind in ((self._reasoning, Content), (self._tools, Content)):
             if parser is not None:
@@ -52,6 +53,12 @@ class Choice:
             called = bool(self.calls) and delta.finish is Finish.STOP
             self.finish = "tool_calls" if called else "length" if delta.finish is Finish.LENGTH else "stop"
         return events
+
+    def _streamed(self, delta: Delta) -> str:
+        # a stop string ends a text with the token that completes it, unless it came too early (`min_tokens`)
+        ends = len(delta.tokens) if delta.finish is Finish.STOP else 0
+        text = "".join(self._stream.feed(token, count == ends) for count, token in enumerate(delta.tokens, 1))
+        return text + self._stream.finish() if delta.finish is not None else text
 
     def _keep(self, event: Event) -> bool:
         if isinstance(event, Content):
@@ -92,43 +99,6 @@ def chat_delta(event: Event, choice: Choice) -> dict[str, Any]:
              "function": {"name": event.name, "arguments": ""}}
         ]
     }  # fmt: skip
-
-
-class MarkedText:
-    """Text of tokens with those special tokens in it that are marks to a parser; the engine's text has none."""
-
-    def __init__(self, tokenizer: Tokenizer, marks: frozenset[int], stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._dropped = frozenset(tokenizer.special_tokens.values()) - marks
-        self._ids: list[int] = []
-        self._begin = self._shown = 0
-        self._waiting, self._stopped = "", False
-
-    def feed(self, tokens: Sequence[int], last: bool) -> str:
-        new = self._waiting
-        for token in tokens:
-            if token not in self._dropped and self._tokenizer.id_to_token(token) is not None:
-                self._ids.append(token)
-                new += self._new(last=False)
-        if last:
-            new += self._new(last=True)
-        if self._stopped:
-            return ""
-        if found := [at for at in map(new.find, self._stop) if at >= 0]:
-            self._stopped = True
-            return new[: min(found)]
-        held = 0 if last else max((overlap(new, stop) for stop in self._stop), default=0)
-        self._waiting = new[len(new) - held :]
-        return new[: len(new) - held]
-
-    def _new(self, last: bool) -> str:
-        # decoded with what came just before: where a token stands decides on its leading space
-        known = self._tokenizer.decode(self._ids[self._begin : self._shown])
-        text = self._tokenizer.decode(self._ids[self._begin :])
-        if text.endswith(_REPLACEMENT) and not last and len(self._ids) - self._shown < 8:
-            return ""  # the rest of a character is to come
-        self._begin, self._shown = self._shown, len(self._ids)
-        return text[len(known) :]
 
 
 def special_marks(tokenizer: Tokenizer, marks: Iterable[str]) -> frozenset[int]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeVar
 
+from llmcore.inference.text import overlap
+
 
 class Content(NamedTuple):
     """Text of the answer."""
@@ -132,11 +134,6 @@ class Source:
             if c in '"}]' and not depth and not in_string:
                 break
         return self.text[begin : self.at]
-
-
-def overlap(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that begins `marker`."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
 
 
 class Parser:

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcore.serve.choices import MarkedText, special_marks, token_bytes
+from llmcore.inference.sequence import Delta, Finish
+from llmcore.inference.text import TextStream
+from llmcore.serve.choices import Choice, special_marks, token_bytes
 from llmcore.serve.incremental import Content, Reasoning
 from llmcore.serve.reasoning import begins_in_thoughts, reasoning_parser, thinks
 from tests.serve.tiny import SPECIAL, TEXT, tiny_tokenizer
@@ -71,12 +73,26 @@ def test_marks_that_are_special_tokens_are_seen():
     assert marks == {tokenizer.special_tokens["[TOOL_CALLS]"]}
     said = "the fox é 你 [TOOL_CALLS]f{}"
     ids = tokenizer.encode(said + "<|im_end|>", allow_special=True)
-    text = MarkedText(tokenizer, marks, ())
-    pieces = [text.feed([token], last=i == len(ids) - 1) for i, token in enumerate(ids)]
-    assert "".join(pieces) == said
-    assert "\ufffd" not in "".join(pieces)
-    stopping = MarkedText(tokenizer, marks, ("fox",))
-    assert "".join(stopping.feed([token], i == len(ids) - 1) for i, token in enumerate(ids)) == "the "
+    choice = Choice(stream=TextStream(tokenizer, shown=marks))
+    for token in ids[:-1]:
+        choice.take(Delta("", 0, "", [token]))
+    choice.take(Delta("", 0, "", ids[-1:], finish=Finish.STOP))
+    assert "".join(choice.content) == said
+
+
+@pytest.mark.parametrize(("said", "wanted"), [("a fox and a fox", "a fox and a "), ("a fox b f", "a fox b f")])
+def test_stop_strings_beside_marks(said, wanted):
+    """Cut out where the engine stopped for one; what came too early, before `min_tokens`, is text."""
+    tokenizer = tiny_tokenizer((*SPECIAL, "[TOOL_CALLS]"))
+    marks = special_marks(tokenizer, ("[TOOL_CALLS]",))
+    ids = tokenizer.encode(said)
+    for size in (1, 3):
+        choice = Choice(stream=TextStream(tokenizer, ("fox",), shown=marks))
+        parts = [ids[at : at + size] for at in range(0, len(ids), size)]
+        for part in parts:
+            finish = None if part is not parts[-1] else Finish.STOP if wanted != said else Finish.LENGTH
+            choice.take(Delta("", 0, "", part, finish=finish))
+        assert "".join(choice.content) == wanted
 
 
 def test_bytes_of_tokens():
