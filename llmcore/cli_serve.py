@@ -35,6 +35,7 @@ def serve(args: argparse.Namespace) -> int:
     names = ("cache_tokens", "max_batch_tokens", "max_sequences")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {"adapters": _adapters(args.adapter)} if args.adapter else {}
+    options |= {"speculator": speculator} if (speculator := _speculator(args, device)) is not None else {}
     engine = Engine.from_language_model(model, **options)
     app = create_app(
         model, engine=engine, name=name, limits=limits, tool_parser=args.tool_parser,
@@ -52,6 +53,21 @@ def _adapters(settings: list[str]) -> dict[str, str]:
             raise ValueError(f"--adapter is {setting!r}; accepted: NAME=FOLDER, each name once")
         adapters[name] = folder
     return adapters
+
+
+def _speculator(args: argparse.Namespace, device: Any) -> Any:
+    from llmcore.inference import load
+    from llmcore.inference.mtp import MTPSpeculator
+    from llmcore.inference.speculation import DraftSpeculator, NGramSpeculator
+
+    if args.speculate is None:
+        if args.draft_tokens is not None:
+            raise ValueError(f"--draft-tokens is {args.draft_tokens}; accepted: with --speculate")
+        return None
+    count = {} if args.draft_tokens is None else {"num_tokens": args.draft_tokens}
+    if args.speculate in (known := {"ngram": NGramSpeculator, "mtp": MTPSpeculator}):
+        return known[args.speculate](**count)
+    return DraftSpeculator(load(args.speculate, device=device).model, **count)
 
 
 def _embedder(args: argparse.Namespace, device: Any) -> Any:
@@ -96,6 +112,9 @@ def add_serve(add: Any, say: Any) -> None:
     p.add_argument("--cache-tokens", type=int, metavar="N", help=text)
     p.add_argument("--max-sequences", type=int, metavar="N", help="written at a time (default: 64)")
     p.add_argument("--max-batch-tokens", type=int, metavar="N", help="run in one step (default: 2048)")
+    text = "guess tokens ahead: ngram, mtp (the model's own module), or a smaller MODEL of the same vocabulary"
+    p.add_argument("--speculate", metavar="HOW", help=text)
+    p.add_argument("--draft-tokens", type=int, metavar="N", help="guesses of a step (default: 4; 1 of mtp)")
     p.add_argument("--tool-parser", choices=("hermes", "llama3", "mistral", "deepseek"),
                    help="how the model writes tool calls (default: as its chat template shows)")  # fmt: skip
     text = "tell <think> apart as reasoning_content (default: auto, for models that know it)"
