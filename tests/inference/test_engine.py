@@ -156,10 +156,10 @@ def test_batch_invariance_bit_for_bit(name, dtype, cache_dtype, options):
 
 
 def test_without_it_bits_do_depend_on_the_batch():
-    """Else the test above would show nothing."""
-    model = make(CONFIGS["llama"], torch.bfloat16).eval()
-    alone = [bits(Engine(model), [a])[0] for a in ASKED[:24]]
-    assert bits(Engine(model, prefix_caching=False), ASKED[:24]) != alone
+    """Else the test above would show nothing. (In bfloat16 some processors' products round alike.)"""
+    model = make(CONFIGS["llama"]).eval()
+    alone = [bits(Engine(model), [a])[0] for a in ASKED]
+    assert bits(Engine(model, prefix_caching=False), ASKED) != alone
 
 
 # ---- a request's life
