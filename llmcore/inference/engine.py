@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Sized
@@ -40,7 +39,8 @@ class Engine:
         stop_ids: tokens that end a text unless a request says otherwise; None: the tokenizer's end of text.
         cache_tokens: room for keys and values, shared by all requests; None: 16 times the model's longest sequence,
             but no more than 65536 tokens.
-        cache_dtype: None: the model's; int8 and float8_e4m3fn take half of bfloat16's memory.
+        cache_dtype: of keys and values; None: the model's `cache_dtype`. int8 and float8_e4m3fn take half of bfloat16's
+            memory.
         max_batch_tokens, max_sequences, preemption: see `Scheduler`.
         prefix_caching: what the cache holds of earlier requests is not computed again.
         batch_invariant: see `Runner`.
@@ -76,7 +76,7 @@ class Engine:
             model.config,
             PagedKVCache.blocks_for(cache_tokens, block_size),
             block_size=block_size,
-            dtype=cache_dtype or model.dtype,
+            dtype=cache_dtype or model.cache_dtype,
             device=model.device,
         )
         self.scheduler = Scheduler(
@@ -129,7 +129,6 @@ class Engine:
         return request
 
     def _queue(self, request: Request) -> None:
-        request.arrival = time.monotonic()
         self.requests[request.id] = request
         self.scheduler.add(request.sequences[0])
 
@@ -151,14 +150,14 @@ class Engine:
 
     def _max_tokens(self, tokens: list[int], params: SamplingParams) -> int:
         """The most new tokens; a ValueError for what this engine cannot do."""
-        config, capacity = self.model.config, self.cache_tokens
-        limit = capacity if config.position == "none" else min(config.max_positions, capacity)
+        config, limit = self.model.config, self.max_length
         most = limit - len(tokens)
         wanted = 1 if params.max_tokens is None else params.max_tokens
         if wanted > most:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and max_tokens is {params.max_tokens}; accepted: together at "
-                f"most {limit}, the lesser of max_positions = {config.max_positions} and the cache's {capacity} tokens"
+                f"most {limit}, the lesser of max_positions = {config.max_positions} and the cache's "
+                f"{self.cache_tokens} tokens"
             )
         if params.n > self.scheduler.max_sequences:
             raise ValueError(f"n is {params.n}; accepted: 1 to max_sequences = {self.scheduler.max_sequences}")
@@ -219,6 +218,12 @@ class Engine:
     def cache_tokens(self) -> int:
         """Room of the cache."""
         return self.cache.num_blocks * self.cache.block_size
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a prompt and its continuation together."""
+        config, room = self.model.config, self.cache_tokens
+        return room if config.position == "none" else min(config.max_positions, room)
 
     @property
     def has_work(self) -> bool:
@@ -307,8 +312,6 @@ class Engine:
         request, params = sequence.request, sequence.params
         if drawn.failed:
             return self._end(sequence, Finish.ERROR)
-        if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
         finish, count = None, 0
         for token in drawn.tokens:
             sequence.tokens.append(token)

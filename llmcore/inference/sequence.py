@@ -122,8 +122,6 @@ class Request:
     seed: int = 0
     adapter: Any = None  # low-rank weights to run with
     salt: int = 0  # of the cache's prefixes: what was computed with other weights is no prefix
-    arrival: float = 0.0
-    first_token_time: float | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
     outputs: list[Completion] = field(default_factory=list)

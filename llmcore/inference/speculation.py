@@ -161,9 +161,7 @@ class DraftSpeculator(Speculator):
         if cache_tokens is None:
             cache_tokens = min(self.max_batch * model.config.max_positions, 65536)
         blocks = PagedKVCache.blocks_for(cache_tokens, block_size)
-        cache = PagedKVCache(
-            model.config, blocks, block_size=block_size, dtype=model.dtype, device=model.device
-        )  # fmt: skip
+        cache = PagedKVCache(model.config, blocks, block_size=block_size, dtype=model.cache_dtype, device=model.device)
         self.model, self.cache = model.eval(), cache
         self._room, self._runner = DraftCache(cache), Runner(model, cache)
         self._known: dict[int, tuple[int, list[int]]] = {}  # tokens of the text that were run, and drafts after them

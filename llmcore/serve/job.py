@@ -24,7 +24,7 @@ def for_clients() -> Iterator[None]:
     """The engine's errors as those of the API."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ApiError(str(error), code="invalid_value") from None
     except EngineFailed as error:
         raise unavailable(str(error), "engine_failed") from error
@@ -63,9 +63,7 @@ class Served:
     @property
     def capacity(self) -> int:
         """The most tokens of a prompt and its continuation together."""
-        cache, context = self.engine.engine.cache, self.language_model.context_length
-        room = cache.num_blocks * cache.block_size
-        return room if context is None else min(room, context)
+        return self.engine.engine.max_length
 
     def adapter(self, model: str) -> str | None:
         """The adapter that a request's `model` means. 404 for a name that is not served."""
