@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmcore.inference.sequence import Finish
-from llmcore.serve.errors import ApiError
+from llmcore.serve.errors import ApiError, unavailable
 from llmcore.serve.job import Served, for_clients
 from llmcore.serve.protocol import ChatRequest
 from llmcore.serve.sampling import sampling_params
@@ -17,9 +17,10 @@ async def by_strategy(served: Served, request: ChatRequest) -> dict[str, Any]:
     """The answer that a strategy chose, what it spent under `usage`, and how it came to it under `strategy`.
 
     Raises:
-        ApiError: 400 for a wrong spec, or fields that a strategy has no use for.
+        ApiError: 400 for a wrong spec, or fields that a strategy has no use for; 503 when one of its requests ended
+            without an answer.
     """
-    from llmcore.inference.strategies import check_spec, run_strategy_async, token_bound
+    from llmcore.inference.strategies import StrategyFailed, check_spec, run_strategy_async, token_bound
 
     if wrong := [name for name in _ALONE if getattr(request, name) not in (None, False)]:
         raise ApiError(f"{wrong[0]} and strategy are both given; accepted: one of them", param=wrong[0],
@@ -34,7 +35,10 @@ async def by_strategy(served: Served, request: ChatRequest) -> dict[str, Any]:
         if bound > most:
             raise ApiError(f"strategy may generate {bound} tokens; accepted: {most}", param="strategy",
                            code="invalid_value")  # fmt: skip
-        result = await run_strategy_async(served.engine, messages, request.strategy, params)
+        try:
+            result = await run_strategy_async(served.engine, messages, request.strategy, params)
+        except StrategyFailed as error:
+            raise unavailable(str(error), "generation_failed") from None
     message = {"role": "assistant", "content": result.text, "refusal": None}
     finish = "length" if result.chosen.finish is Finish.LENGTH else "stop"
     usage = result.usage

@@ -21,6 +21,7 @@ from llmcore.inference.strategies.run import (
     run_strategy_async,
     steps_of,
 )
+from llmcore.inference.strategies.sampling import StrategyFailed
 from llmcore.inference.strategies.scorers import SCORERS
 from llmcore.inference.strategies.spec import STRATEGIES, check_spec, token_bound
 from llmcore.inference.strategies.step_search import step_search
@@ -38,6 +39,7 @@ __all__ = [
     "Problem",
     "Record",
     "RewardModel",
+    "StrategyFailed",
     "StrategyResult",
     "Table",
     "Usage",

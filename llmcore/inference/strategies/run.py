@@ -21,13 +21,12 @@ DEFAULT_PARAMS = SamplingParams(max_tokens=512, temperature=0.7)
 
 def problem_for(engine: Engine, prompt: Prompt) -> Problem:
     """A prompt as a problem for the strategies on this engine."""
-    config, capacity = engine.model.config, engine.cache.num_blocks * engine.cache.block_size
     return Problem.of(
         prompt,
         engine.tokenizer,
         stop_ids=engine.stop_ids,
         max_choices=engine.scheduler.max_sequences,
-        max_length=capacity if config.position == "none" else min(config.max_positions, capacity),
+        max_length=engine.max_length,
     )
 
 

@@ -13,17 +13,21 @@ Extract = Callable[[str], "str | None"]
 Choose = Callable[[Sequence[Candidate]], "tuple[int, float | None]"]  # the index of the best, and its score
 
 
+class StrategyFailed(RuntimeError):
+    """A request of a strategy ended without an answer."""
+
+
 def ask(asks: list[Ask]) -> Generator[list[Ask], list[RequestOutput], list[RequestOutput]]:
     """Has requests run.
 
     Raises:
-        RuntimeError: when one of them was aborted, or the model's logits were no numbers.
+        StrategyFailed: when one of them was aborted, or the model's logits were no numbers.
     """
     outputs = yield asks
     for choice in (choice for output in outputs for choice in output.choices):
         if choice.finish in (Finish.ABORT, Finish.ERROR):
             what = "was aborted" if choice.finish is Finish.ABORT else "met logits that are no numbers"
-            raise RuntimeError(f"a request of the strategy {what}")
+            raise StrategyFailed(f"a request of the strategy {what}")
     return outputs
 
 

@@ -17,6 +17,7 @@ from llmcore.inference.strategies import (
     SCORERS,
     STRATEGIES,
     Ask,
+    StrategyFailed,
     check_spec,
     drive,
     drive_async,
@@ -225,7 +226,7 @@ def test_a_request_that_fails(finish):
         def generate(self, prompts, params):
             return [RequestOutput("a", prompt, [Completion(0, "", [], None, finish)]) for prompt in prompts]
 
-    with pytest.raises(RuntimeError, match="a request of the strategy"):
+    with pytest.raises(StrategyFailed, match="a request of the strategy"):
         drive(Broken(), self_consistency(problem(), PARAMS, n=1))
 
 
