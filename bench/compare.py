@@ -75,5 +75,12 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "commit": commit or "unknown",
         "date": date.today().isoformat(),
-        "command": " ".join(["python", "bench/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """The command line, without where things lie on this machine."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    script = "bench/" + Path(sys.argv[0]).name
+    return " ".join(["python", script, *(f'"{word}"' if " " in word else word for word in words)])

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import random
 import statistics
@@ -30,16 +29,16 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the installed llmcore
 
 import llmcore
-from bench.compare import machine
 from bench.real.common import (
     TEXT,
     TIE,
     WORKERS,
     limits_text,
-    merge,
-    met,
     model_file,
     options_parser,
+    reached_text,
+    run,
+    summary,
     worker_for,
     worker_reads,
 )
@@ -145,7 +144,7 @@ def measure_serve(row: Row, options: argparse.Namespace) -> dict:
             else:
                 check_counts(row, requests, outputs)
         longest = max(longest, time.perf_counter() - begin)
-    result = summary(row, seconds) | {"agreed_tokens": agreed}
+    result = summary(row, seconds, row.peers) | {"agreed_tokens": agreed}
     tokens = sum(count for _, count in requests)
     result["tokens_per_second"] = {name: tokens / value for name, value in result["seconds"].items()}
     result["requests"] = {"prompt_tokens": sum(len(prompt) for prompt, _ in requests), "new_tokens": tokens}
@@ -192,7 +191,7 @@ def check(row: Row, ours: LLMCore, requests: list[Request], outputs: list[list[i
     """How many tokens of some answers are those of one request at a time, up to the first difference. Raises
     AssertionError where that is no near-tie by our own logits, or an answer is not as long as asked for."""
     check_counts(row, requests, outputs)
-    same = total = 0
+    same, total, widest = 0, 0, 0.0
     for at in range(0, len(requests), len(requests) // SAMPLE):
         (prompt, count), tokens = requests[at], outputs[at]
         alone = make_engine(ours.lm, [requests[at]], max_sequences=1).generate([prompt], greedy(count))
@@ -201,21 +200,10 @@ def check(row: Row, ours: LLMCore, requests: list[Request], outputs: list[list[i
         same, total = same + first, total + count
         if first < count:
             margin = ours.margin(prompt + alone[:first], alone[first], tokens[first])
-            assert margin < TIE, f"{row.name}: token {first} of request {at} is {tokens[first]}, alone {alone[first]}"
-    return f"{same} of {total}"
-
-
-def summary(row: Row, seconds: dict[str, list[float]]) -> dict:
-    ratio = {
-        name: statistics.median(peer / own for peer, own in zip(times, seconds["llmcore"]))
-        for name, times in seconds.items() if name != "llmcore"
-    }  # fmt: skip
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    reached = {word: met(getattr(row, word), ratio) for word in ("must", "aim")}
-    if any(name not in ratio for name in row.peers):  # the best of some is not the best of all
-        reached = {word: None if value else value for word, value in reached.items()}
-    rounds = len(seconds["llmcore"])
-    return {"seconds": medians, "ratio": ratio, "must": row.must, "aim": row.aim, "met": reached, "rounds": rounds}
+            place = f"{row.name}: token {first} of request {at}"
+            assert margin < TIE, f"{place} is {tokens[first]}, alone {alone[first]}, {margin:.2f} above it"
+            widest = max(widest, margin)
+    return f"{same} of {total}, gaps up to {widest:.3f}"
 
 
 # ---- time to the first token
@@ -236,11 +224,11 @@ def measure_prefix(row: Row, options: argparse.Namespace) -> dict:
     ways: dict[str, Callable] = {"at once": at_once, "again": again, "one by one": one_by_one}
     seconds: dict[str, dict[str, list[float]]] = {way: {name: [] for name in sides} for way in ways}
     for turn in range(options.rounds):
-        for place, (way, run) in enumerate(ways.items()):
+        for place, (way, way_of) in enumerate(ways.items()):
             requests = sharing(ids, len(ways) * turn + place)
             answers = {}
             for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-                times, answers[name] = run(engines[name], requests)
+                times, answers[name] = way_of(engines[name], requests)
                 seconds[way][name].append(statistics.mean(times))
             if turn == 0:
                 for outputs in answers.values():
@@ -358,7 +346,6 @@ def table(results: dict[str, dict]) -> str:
         if (result := results.get(row.name)) is None:
             lines.append(f"| {row.name} | | | {limits[0]} | {limits[1]} | not measured |")
             continue
-        reached = "aim" if result["met"]["aim"] else {True: "must", False: "**below**", None: ""}[result["met"]["must"]]
         if overhead:
             own, peers = f"{result['share']:.1%}", f"of {result['step_seconds'] * 1e3:.2f} ms"
         else:
@@ -366,7 +353,7 @@ def table(results: dict[str, dict]) -> str:
             peers = "; ".join(
                 f"{name} {_figure(result, name)}, {value:.2f}x" for name, value in result["ratio"].items()
             )
-        lines.append(f"| {row.name} | {own} | {peers} | {limits[0]} | {limits[1]} | {reached} |")
+        lines.append(f"| {row.name} | {own} | {peers} | {limits[0]} | {limits[1]} | {reached_text(result['met'])} |")
     return "\n".join(lines)
 
 
@@ -379,22 +366,8 @@ def _figure(result: dict, name: str) -> str:
 def main() -> None:
     parser = options_parser(__doc__, rounds=3)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no round of requests begins")
-    options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text())["rows"]))
-        return
-    if options.cache is None:
-        parser.error("--cache is needed")
-    torch.set_num_threads(options.threads)
-    results = {}
     kinds = {"serve": measure_serve, "prefix": measure_prefix, "overhead": measure_overhead}
-    for row in rows():
-        if any(part in row.name for part in options.only):
-            results[row.name] = kinds[row.kind](row, options) | {"measured": machine()}
-            print(json.dumps({row.name: {k: v for k, v in results[row.name].items() if k != "measured"}}), flush=True)
-            if options.json:
-                merge(options.json, results, [row.name for row in rows()])
-    print(table(results))
+    run(parser, list(rows()), lambda row, options: kinds[row.kind](row, options), table)
 
 
 if __name__ == "__main__":

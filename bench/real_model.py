@@ -29,16 +29,16 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the installed llmcore
 
-from bench.compare import machine
 from bench.real.common import (
     TEXT,
     TIE,
     WORKERS,
     limits_text,
-    merge,
-    met,
     model_file,
     options_parser,
+    reached_text,
+    run,
+    summary,
     worker_for,
     worker_reads,
 )
@@ -159,7 +159,8 @@ def measure(row: Row, options: argparse.Namespace) -> dict:
             time.sleep(SETTLE)
             seconds[name].append(timed(engines[name]))
     tokens = row.context if row.kind == "prompt" else row.steps * row.sequences
-    result = _summary(row, seconds, tokens)
+    result = summary(row, seconds)
+    result["tokens_per_second"] = {name: tokens / value for name, value in result["seconds"].items()}
     result["agreed_tokens"] = agreed
     result["versions"] = {name: engine.version for name, engine in engines.items()} | {"torch": torch.__version__}
     if "llama.cpp" in engines:
@@ -181,28 +182,15 @@ def _first_run(row: Row, engine, prompts: list[list[int]]) -> list[list[int]]:
 def _agreement(row: Row, ours: LLMCore, prompts: list[list[int]], one: list, other: list) -> str:
     """How many tokens are the same, of how many, up to each sequence's first difference. Raises AssertionError where
     that is no near-tie by our own logits."""
-    same = 0
+    same, widest = 0, 0.0
     for prompt, mine, theirs in zip(prompts, one, other):
         at = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
         same += at
         if at < min(len(mine), len(theirs)):
             margin = ours.margin(prompt + mine[:at], mine[at], theirs[at])
             assert margin < TIE, f"{row.name}: token {at} is {theirs[at]}, ours {mine[at]}, {margin:.2f} above it"
-    return f"{same} of {sum(map(len, one))}"
-
-
-def _summary(row: Row, seconds: dict[str, list[float]], tokens: int | None) -> dict:
-    ratio = {
-        name: statistics.median(peer / own for peer, own in zip(times, seconds["llmcore"]))
-        for name, times in seconds.items() if name != "llmcore"
-    }  # fmt: skip
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    result = {"seconds": medians, "ratio": ratio, "must": row.must, "aim": row.aim}
-    if tokens is not None:
-        result["tokens_per_second"] = {name: tokens / value for name, value in medians.items()}
-    result["met"] = {word: met(getattr(row, word), ratio) for word in ("must", "aim")}
-    result["rounds"] = len(seconds["llmcore"])
-    return result
+            widest = max(widest, margin)
+    return f"{same} of {sum(map(len, one))}, gaps up to {widest:.3f}"
 
 
 def _measure_load(row: Row, options: argparse.Namespace) -> dict:
@@ -221,7 +209,7 @@ def _measure_load(row: Row, options: argparse.Namespace) -> dict:
                 seconds.setdefault(name, []).append(values["load"])
                 whole.setdefault(name, []).append(elapsed)
         assert len(set(tokens.values())) == 1, f"{row.name}: first tokens differ: {tokens}"
-    result = _summary(row, seconds, None)
+    result = summary(row, seconds)
     result["whole_process_seconds"] = {name: statistics.median(times) for name, times in whole.items()}
     return result
 
@@ -241,9 +229,8 @@ def table(results: dict[str, dict]) -> str:
             lines.append(f"| {row.name} | | | {limits_text(row.must)} | {limits_text(row.aim)} | not measured |")
             continue
         peers = "; ".join(f"{name} {_figure(result, name)}, {ratio:.2f}x" for name, ratio in result["ratio"].items())
-        reached = "aim" if result["met"]["aim"] else {True: "must", False: "**below**", None: ""}[result["met"]["must"]]
-        limits = f"{limits_text(row.must)} | {limits_text(row.aim)}"
-        lines.append(f"| {row.name} | {_figure(result, 'llmcore')} | {peers} | {limits} | {reached} |")
+        figures = f"{_figure(result, 'llmcore')} | {peers} | {limits_text(row.must)} | {limits_text(row.aim)}"
+        lines.append(f"| {row.name} | {figures} | {reached_text(result['met'])} |")
     return "\n".join(lines)
 
 
@@ -253,35 +240,5 @@ def _figure(result: dict, name: str) -> str:
     return f"{speed[name]:.0f}" if speed else f"{result['seconds'][name] * 1e3:.0f} ms"
 
 
-def main() -> None:
-    parser = options_parser(__doc__, rounds=8)
-    options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text())["rows"]))
-        return
-    if options.cache is None:
-        parser.error("--cache is needed")
-    torch.set_num_threads(options.threads)
-    results = {}
-    for row in rows():
-        if any(part in row.name for part in options.only):
-            results[row.name] = measure(row, options) | {"measured": machine() | {"command": _command()}}
-            print(table({row.name: results[row.name]}).splitlines()[_index(row)], flush=True)
-            print("    " + json.dumps({k: v for k, v in results[row.name].items() if k != "measured"}), flush=True)
-            if options.json:
-                merge(options.json, results, [row.name for row in rows()])
-    print(table(results))
-
-
-def _command() -> str:
-    """The command line, without where things lie on this machine."""
-    words = [os.path.basename(word) if word.startswith("/") else word for word in sys.argv[1:]]
-    return " ".join(["python", "bench/real_model.py", *(f'"{word}"' if " " in word else word for word in words)])
-
-
-def _index(row: Row) -> int:
-    return 2 + [other.name for other in rows()].index(row.name)
-
-
 if __name__ == "__main__":
-    main()
+    run(options_parser(__doc__, rounds=8), list(rows()), measure, table)

