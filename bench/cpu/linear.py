@@ -52,6 +52,36 @@ def _linear_rows() -> Iterator[Row]:
             )  # fmt: skip
 
 
+def _many_rows() -> Iterator[Row]:
+    """Where torch's product is taken for ours the ratio is 1."""
+    n, k = 1536, 576
+    for dtype in DTYPES:
+        weight = (torch.randn(n, k) * k**-0.5).to(dtype).requires_grad_()
+        for rows in (64, 512, 2048):
+            x = torch.randn(rows, k).to(dtype).requires_grad_()
+            both = {"llmcore": ops.linear, "torch": F.linear}
+
+            def check(x=x, weight=weight, dtype=dtype, both=both):
+                exact = [x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+                wanted = _forward_and_backward(F.linear, exact)()
+                for name, function in both.items():
+                    assert_close(name, function(x, weight), exact[0] @ exact[1].t(), ERROR[dtype])
+                    for got, want in zip(_forward_and_backward(function, [x, weight])(), wanted):
+                        assert_close(f"{name}'s gradient", got, want, ERROR[dtype])
+
+            for direction, products in (("forward", 1), ("forward+backward", 3)):
+                calls = {
+                    name: _forward_and_backward(function, [x, weight])
+                    if products == 3
+                    else _without_gradient(lambda x=x, weight=weight, function=function: function(x, weight))
+                    for name, function in both.items()
+                }
+                yield Row(
+                    "linear", f"M {rows}, {n} x {k}", name_of(dtype), direction, calls, check,
+                    work=2 * products * rows * n * k, ceiling=f"gemm_{name_of(dtype)}_gflops",
+                )  # fmt: skip
+
+
 def _separate_products(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([F.linear(a, w) for a, w in zip(x.split(offsets.diff().tolist()), weight)])
 
@@ -172,5 +202,6 @@ def _moe_rows() -> Iterator[Row]:
 
 def rows() -> Iterator[Row]:
     yield from _linear_rows()
+    yield from _many_rows()
     yield from _grouped_rows()
     yield from _moe_rows()

@@ -32,6 +32,14 @@ PYBIND11_MODULE(_C, m) {
         return isas;
       },
       "The instruction sets of this build that this machine can run, from plain to best.");
+  m.def("cpu_traits", [] {
+    const llmcore::CpuTraits traits = llmcore::cpu_traits();
+    py::dict named;
+    named["intel"] = traits.intel;
+    named["amx_bf16"] = traits.amx_bf16;
+    named["avx512_fp16"] = traits.avx512_fp16;
+    return named;
+  });
   m.def("active_cpu_isa", [] { return llmcore::isa_name(llmcore::active_isa()); });
   m.def(
       "set_cpu_isa", [](const std::string& name) { return llmcore::set_isa(name.c_str()); },

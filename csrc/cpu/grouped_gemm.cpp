@@ -10,20 +10,26 @@ namespace cpu {
 namespace LLMCORE_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = kBlockM;            // of one task: packed once for all its columns
-constexpr int64_t kMaxColumnBlock = 4 * kBlockN;  // of one task
-constexpr int64_t kDirectRows = kFewRows;         // experts with so few rows read their weights once, unpacked
-constexpr int64_t kDirectColumns = 1024;          // of one of their tasks, at most
-constexpr int64_t kOuterRows = 8;                 // experts with so few rows write their weights' gradient directly
+constexpr int64_t kRowBlock = kBlockM;  // of one task, at most: packed once for all its columns
+constexpr int64_t kMinColumnBlock = 4 * kPanel, kMaxColumnBlock = 4 * kBlockN;  // of one task
+constexpr int64_t kDirectRows = kFewRows;  // experts with so few rows read their weights once, unpacked
+constexpr int64_t kDirectColumns = 1024;   // of one of their tasks, at most
+constexpr int64_t kOuterRows = 8;          // experts with so few rows write their weights' gradient directly
 
 LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 LLMCORE_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
 
-// Columns of a task: wide, unless the threads would then lack tasks.
+// Rows of a task: as many as possible, in blocks of about the same size.
+int64_t row_block(int64_t rows) {
+  return rows <= kRowBlock ? kRowBlock : round_up(blocks(rows, blocks(rows, kRowBlock)), kTileRows);
+}
+
+// Columns of a task: wide, unless the threads would then lack tasks. All of about the same width.
 int64_t column_block(int64_t row_blocks, int64_t columns, int threads) {
-  int64_t block = kMaxColumnBlock;
-  while (block > kBlockN && row_blocks * blocks(columns, block) < 3 * threads) block /= 2;
-  return block;
+  if (columns == 0) return kMinColumnBlock;
+  int64_t parts = blocks(columns, kMaxColumnBlock);
+  while (row_blocks * parts < 3 * threads && columns > kMinColumnBlock * parts) ++parts;
+  return round_up(blocks(columns, parts), kPanel);
 }
 
 // Rows token_of[r] of x, gathered; x itself without token_of.
@@ -68,7 +74,8 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
     const int64_t rows = rows_of(e);
     any_gemm |= rows > kDirectRows;
     if (rows == 0) return 0;
-    return rows <= kDirectRows ? blocks(p.n, direct_columns(rows)) : blocks(rows, kRowBlock) * blocks(p.n, columns);
+    return rows <= kDirectRows ? blocks(p.n, direct_columns(rows))
+                               : blocks(rows, row_block(rows)) * blocks(p.n, columns);
   });
   GemmWorkers workers(any_gemm ? par.threads : 0, kRowBlock * columns);
   parallel_tasks(par, tasks, [&](int64_t task, int64_t worker) {
@@ -84,10 +91,10 @@ void multiply(const GroupedGemmParams& p, const Parallel& par) {
       const PackedRows<T> packed(rows, p.k, [&](int64_t r) { return x + r * all_x.stride(); });
       return dot_product_rows<T>(n, p.k, packed, b.data, b.col_stride, nullptr, y + j, p.n);
     }
-    const int64_t row_blocks = blocks(rows, kRowBlock);
-    const int64_t r = of_expert % row_blocks * kRowBlock, j = of_expert / row_blocks * columns;
+    const int64_t block = row_block(rows), row_blocks = blocks(rows, block);
+    const int64_t r = of_expert % row_blocks * block, j = of_expert / row_blocks * columns;
     b.data += j * b.col_stride;
-    gemm_to(at_most(rows - r, kRowBlock), at_most(p.n - j, columns), p.k,
+    gemm_to(at_most(rows - r, block), at_most(p.n - j, columns), p.k,
             Matrix<T>{x + r * all_x.stride(), all_x.stride(), 1}, b, y + r * p.n + j, p.n, workers.tile(worker),
             workers.packing(worker));
   });
@@ -140,14 +147,14 @@ void multiply_glu(const GroupedGluParams& g, const Parallel& par) {
 template <class T>
 void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
   const GatheredRows<T> all_x(p.x, p.x_stride, p.token_of, p.offsets[p.num_experts], p.k, par);
-  const int64_t n_blocks = blocks(p.n, kRowBlock);
+  const int64_t n_block = row_block(p.n), n_blocks = blocks(p.n, n_block);
   const int64_t columns = column_block(p.num_experts * n_blocks, p.k, par.threads), k_blocks = blocks(p.k, columns);
   GemmWorkers workers(par.threads, kRowBlock * columns);
   prefer_huge_pages(p.dweight, p.num_experts * p.n * p.k * sizeof(T));  // a new tensor in every step
   parallel_tasks(par, p.num_experts * n_blocks * k_blocks, [&](int64_t task, int64_t worker) {
     const int64_t e = task / (n_blocks * k_blocks), begin = p.offsets[e];
-    const int64_t j = task / k_blocks % n_blocks * kRowBlock, i = task % k_blocks * columns;
-    const int64_t rows = p.offsets[e + 1] - begin, n = at_most(p.n - j, kRowBlock), k = at_most(p.k - i, columns);
+    const int64_t j = task / k_blocks % n_blocks * n_block, i = task % k_blocks * columns;
+    const int64_t rows = p.offsets[e + 1] - begin, n = at_most(p.n - j, n_block), k = at_most(p.k - i, columns);
     const T* dy = static_cast<const T*>(p.dy) + begin * p.dy_stride + j;
     const T* x = all_x.data() + begin * all_x.stride() + i;
     T* out = static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i;

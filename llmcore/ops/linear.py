@@ -1,14 +1,17 @@
-"""A linear layer. Few rows on the CPU, as in decoding, have a kernel; all else is torch's product."""
+"""A linear layer. Few rows on the CPU, as in decoding, have a kernel; more take the product of `grouped_gemm` where
+torch's is slower; all else is torch's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcore import reference
+from llmcore import _C, reference
+from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, register_fake, use_kernel
 
 # Rows of x up to which the kernel takes the call. At 32 rows of bfloat16 it is 1.25 to 1.65 times as fast as torch
@@ -17,12 +20,32 @@ from llmcore.ops.registry import CPU_AND_CUDA, OpSpec, Sample, register, registe
 MAX_ROWS = 32
 
 
+def _rows_of_ours(isa: str, traits: dict[str, bool]) -> dict[torch.dtype, float]:
+    """By dtype, the rows up to which our product of more than MAX_ROWS rows is the faster one (docs/cpu-linear.md)."""
+    if not isa.startswith("avx"):
+        return {}
+    # Torch's library of float32 products keeps to AVX2 on processors that are not Intel's, at half the rate.
+    float32 = math.inf if isa.startswith("avx512") and not traits["intel"] else 0
+    # Without instructions for them, torch's products of 16-bit floats run at a third of float32's rate or less; ours
+    # widen while packing, and run at float32's. With them, torch's large products are as fast as ours.
+    bfloat16 = math.inf
+    if traits["amx_bf16"]:
+        bfloat16 = 0
+    elif isa.startswith("avx512bf16"):
+        bfloat16 = 128
+    return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: 0 if traits["avx512_fp16"] else math.inf}
+
+
+_ROWS = _rows_of_ours(_C.active_cpu_isa(), _C.cpu_traits())
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x @ weight.T + bias, as `torch.nn.functional.linear`.
 
     On the CPU, up to 32 rows of x for which no gradient is asked are multiplied by a kernel that is bound by the memory
     that holds the weight, which it reads as it lies: nothing is packed or kept between calls. A row's result does not
-    depend on the rows beside it. Every other call is torch's.
+    depend on the rows beside it. Other calls are `grouped_gemm`'s of one expert where that is faster than torch, which
+    depends on processor and dtype; it cannot be differentiated twice. Every other call is torch's.
 
     Args:
         x: (..., k), float32, bfloat16 or float16 (float64 through the reference).
@@ -32,19 +55,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., n) in x's dtype.
     """
-    if not _has_few_rows(x, weight, bias):
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    if not use_kernel("linear", x):
+    gradient = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    k = weight.shape[-1]
+    few = x.numel() <= MAX_ROWS * k if k else x.shape[:-1].numel() <= MAX_ROWS
+    if few and not gradient:
+        return _kernel(x, weight, bias) if use_kernel("linear", x) else reference.linear(x, weight, bias)
+    most = _ROWS.get(x.dtype, 0)
+    ours = x.numel() <= most * k
+    if gradient and most < math.inf:  # limits are those of the product alone
+        ours = False
+    if not ours or weight.ndim != 2 or x.ndim < 2 or 0 in weight.shape:
+        return F.linear(x, weight, bias)
+    if not use_kernel("grouped_gemm", x):
         return reference.linear(x, weight, bias)
-    return _kernel(x, weight, bias)
-
-
-def _has_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not x.is_cpu or x.numel() > MAX_ROWS * weight.shape[-1] or torch.is_autocast_enabled("cpu"):
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    rows = x.flatten(0, -2)
+    offsets = torch.tensor([0, rows.shape[0]], dtype=torch.int32)
+    y = grouped_gemm(rows, weight[None], offsets).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
 
 
 _kernel = torch.ops.llmcore.linear.default
@@ -113,7 +144,11 @@ register(
         torch_ops=("linear",),
         samples=_samples,
         dtypes=CPU_AND_CUDA,
-        features=("up to 32 rows on the CPU, without a gradient", "all else is torch's product, on CUDA too"),
+        features=(
+            "up to 32 rows on the CPU, without a gradient",
+            "more by grouped_gemm where torch is slower",
+            "all else is torch's product, on CUDA too",
+        ),
         benchmarks=_benchmarks,
         peer=F.linear,
         flops=lambda s: 2.0 * s.args[0].numel() * s.args[1].shape[0],

@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace llmcore {
 namespace {
@@ -47,6 +50,17 @@ Isa active = best();
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 bool isa_runs_here(Isa isa) { return supports(isa_name(isa)); }
 Isa active_isa() { return active; }
+
+CpuTraits cpu_traits() {
+  CpuTraits traits{};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  traits.intel = __builtin_cpu_is("intel");
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) traits.amx_bf16 = d >> 22 & 1, traits.avx512_fp16 = d >> 23 & 1;
+#endif
+  return traits;
+}
 
 bool set_isa(const char* name) {
   for (int i = 0; i < static_cast<int>(Isa::count); ++i)

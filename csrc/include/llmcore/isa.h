@@ -18,6 +18,12 @@ bool isa_runs_here(Isa isa);     // by cpuid, the operating system's register sa
 Isa active_isa();                // the best that runs here, unless set_isa or LLMCORE_CPU_ISA said otherwise
 bool set_isa(const char* name);  // false when unknown or not runnable here
 
+// What decides how fast the products of torch's libraries are (llmcore/ops/linear.py).
+struct CpuTraits {
+  bool intel, amx_bf16, avx512_fp16;
+};
+CpuTraits cpu_traits();
+
 }  // namespace llmcore
 
 // Declares a kernel's versions and, for callers, the function that picks one: LLMCORE_CPU_KERNEL for most kernels,
