@@ -26,6 +26,7 @@ bool supports(const char* isa) {
                   __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(isa, "avx2") || !std::strcmp(isa, "avx512bf16_emulated")) return v3;
   if (!std::strcmp(isa, "avx512")) return v4;
+  if (!std::strcmp(isa, "avx512vnni")) return v4 && __builtin_cpu_supports("avx512vnni");
   if (!std::strcmp(isa, "avx512bf16"))
     return v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif

@@ -27,7 +27,8 @@ CpuTraits cpu_traits();
 }  // namespace llmcore
 
 // Declares a kernel's versions and, for callers, the function that picks one: LLMCORE_CPU_KERNEL for most kernels,
-// LLMCORE_CPU_KERNEL_BF16 for those with code of their own for AVX-512 BF16 (bf16_sources in CMakeLists.txt).
+// LLMCORE_CPU_KERNEL_BF16 for those with code of their own for AVX-512 BF16 (bf16_sources in CMakeLists.txt),
+// LLMCORE_CPU_KERNEL_INT8 for those with code of their own for VNNI too (int8_sources).
 #ifdef LLMCORE_ISA
 #define LLMCORE_CPU_KERNEL(kernel, Params)           \
   namespace cpu {                                    \
@@ -36,6 +37,7 @@ CpuTraits cpu_traits();
   }                                                  \
   }
 #define LLMCORE_CPU_KERNEL_BF16 LLMCORE_CPU_KERNEL
+#define LLMCORE_CPU_KERNEL_INT8 LLMCORE_CPU_KERNEL
 #else
 #define LLMCORE_ISA_DECLARE_(isa, kernel, Params)    \
   namespace isa {                                    \
@@ -53,4 +55,5 @@ CpuTraits cpu_traits();
   }
 #define LLMCORE_CPU_KERNEL(kernel, Params) LLMCORE_CPU_KERNEL_(kernel, Params, LLMCORE_ISA_PLAIN_ENTRIES)
 #define LLMCORE_CPU_KERNEL_BF16(kernel, Params) LLMCORE_CPU_KERNEL_(kernel, Params, LLMCORE_ISA_BF16_ENTRIES)
+#define LLMCORE_CPU_KERNEL_INT8(kernel, Params) LLMCORE_CPU_KERNEL_(kernel, Params, LLMCORE_ISA_INT8_ENTRIES)
 #endif

@@ -96,8 +96,8 @@ struct QuantizedEmbeddingParams {
   void* y;                // (count, k), contiguous
 };
 
-LLMCORE_CPU_KERNEL_BF16(quantized_linear, QuantizedLinearParams)
-LLMCORE_CPU_KERNEL_BF16(quantized_grouped_linear, QuantizedGroupedLinearParams)
+LLMCORE_CPU_KERNEL_INT8(quantized_linear, QuantizedLinearParams)
+LLMCORE_CPU_KERNEL_INT8(quantized_grouped_linear, QuantizedGroupedLinearParams)
 LLMCORE_CPU_KERNEL(pack_quantized, PackQuantizedParams)
 LLMCORE_CPU_KERNEL(quantized_embedding, QuantizedEmbeddingParams)
 LLMCORE_CUDA_KERNEL(quantized_linear, QuantizedLinearParams)
