@@ -67,6 +67,7 @@ def test_autocast_is_torchs(monkeypatch):
         ("avx2", ("intel",), 0, math.inf, math.inf),
         ("avx2", (), 0, math.inf, math.inf),
         ("avx512", ("intel",), 0, math.inf, math.inf),
+        ("avx512vnni", ("intel",), 0, math.inf, math.inf),
         ("avx512bf16", (), math.inf, 128, math.inf),
         ("avx512bf16", ("intel", "amx_bf16", "avx512_fp16"), 0, 0, 0),
     ],
