@@ -162,7 +162,9 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
     for name, f in FORMATS.items():
         for i, (shape, n) in enumerate(_SHAPES):
-            yield Sample(f"{name} {shape} n {n}", call(name, shape, n, f.block * (1 + i % 3)))
+            args = call(name, shape, n, f.block * (1 + i % 3))
+            # A single output that its bias nearly cancels is smaller than what its sum may be rounded by.
+            yield Sample(f"{name} {shape} n {n}", args if n > 1 else args[:4])
     yield Sample("long sums", call("q4_1", (3,), 20, 4096))
     yield Sample("no bias", call("q8_0", (5,), 20, 96)[:4])
     yield Sample("no rows", call("q4_0", (0,), 20, 64))
