@@ -31,12 +31,12 @@ def serve(args: argparse.Namespace) -> int:
     device = find_device(args.device, "--device")
     if (embedder := _embedder(args, device)) is not None:
         return run(create_app(None, embedder=embedder, name=name, limits=limits), args.host, args.port, args.say)
+    speculator = _speculator(args, device)
     model = load(args.model, dtype=args.dtype, device=device, quantize=args.quantize)
     names = ("cache_tokens", "max_batch_tokens", "max_sequences")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {"adapters": _adapters(args.adapter)} if args.adapter else {}
-    options |= {"speculator": speculator} if (speculator := _speculator(args, device)) is not None else {}
-    engine = Engine.from_language_model(model, **options)
+    engine = Engine.from_language_model(model, speculator=speculator, **options)
     app = create_app(
         model, engine=engine, name=name, limits=limits, tool_parser=args.tool_parser,
         reasoning={"auto": None, "on": True, "off": False}[args.reasoning], pooling=args.pooling, page=not args.no_page,
@@ -56,6 +56,7 @@ def _adapters(settings: list[str]) -> dict[str, str]:
 
 
 def _speculator(args: argparse.Namespace, device: Any) -> Any:
+    """What --speculate asks for, or None."""
     from llmcore.inference import load
     from llmcore.inference.mtp import MTPSpeculator
     from llmcore.inference.speculation import DraftSpeculator, NGramSpeculator
@@ -83,8 +84,9 @@ def _embedder(args: argparse.Namespace, device: Any) -> Any:
     _, config = read_config(folder)
     if config.causal or config.encoder_layers:
         return None
-    if args.quantize is not None:
-        raise ValueError(f"--quantize is {args.quantize!r}; accepted for an encoder: nothing")
+    for name in ("quantize", "speculate"):
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name} is {value!r}; accepted for an encoder: nothing")
     return load_embedder(folder, dtype=DTYPES.get(args.dtype), device=device)
 
 

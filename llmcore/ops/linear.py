@@ -36,6 +36,7 @@ def _rows_of_ours(isa: str, traits: dict[str, bool]) -> dict[torch.dtype, float]
     return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: 0 if traits["avx512_fp16"] else math.inf}
 
 
+# of the instruction set that is active when llmcore is imported, as torch.compile can't ask for it later
 _ROWS = _rows_of_ours(_C.active_cpu_isa(), _C.cpu_traits())
 
 
@@ -65,17 +66,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if few and not gradient:
         return _kernel(x, weight, bias) if use_kernel("linear", x) else reference.linear(x, weight, bias)
     most = _ROWS.get(x.dtype, 0)
-    ours = x.numel() <= most * k
     if gradient and most < math.inf:  # limits are those of the product alone
-        ours = False
-    if not ours or weight.ndim != 2 or x.ndim < 2 or 0 in weight.shape:
+        most = 0
+    if x.numel() > most * k or weight.ndim != 2 or x.ndim < 2 or 0 in weight.shape:
         return F.linear(x, weight, bias)
     if not use_kernel("grouped_gemm", x):
         return reference.linear(x, weight, bias)
     rows = x.flatten(0, -2)
     offsets = torch.tensor([0, rows.shape[0]], dtype=torch.int32)
     y = grouped_gemm(rows, weight[None], offsets).view(*x.shape[:-1], weight.shape[0])
-    return y if bias is None else y + bias
+    return y if bias is None else y.add_(bias)
 
 
 _kernel = torch.ops.llmcore.linear.default

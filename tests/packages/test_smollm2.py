@@ -106,7 +106,9 @@ def test_greedy_texts_are_those_of_llama_cpp(either, llama_cpp):
             logits = lm.model.logits(lm.model(seen).hidden)[0, -1]
             assert logits[ours.tokens[count]] - logits[token] < 0.5, (prompt, ours.text, theirs)
             break
-    assert compared > 24 * len(PROMPTS) / 2  # ties come by chance: some 290 to 320 tokens are alike, by processor
+    assert (
+        compared > 24 * len(PROMPTS) / 2
+    )  # near-ties come by chance: of 480, 291 and 308 were seen, with a cache in float16 and in float32
 
 
 def test_perplexity_is_that_of_llama_cpp(either, llama_cpp):
