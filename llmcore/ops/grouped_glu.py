@@ -62,10 +62,13 @@ def _save(ctx, inputs, output):
     *tensors, ctx.activation, _ = inputs
     kept = output[1]
     ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)  # or `kept`, with the most memory of all, would get a gradient of zeros
     ctx.save_for_backward(kept, *tensors)
 
 
 def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 7
     need_dx, need_dgate_up = ctx.needs_input_grad[:2]
     dx, dgate_up = torch.ops.llmcore.grouped_glu_backward(
         dout, *ctx.saved_tensors, ctx.activation, need_dx, need_dgate_up

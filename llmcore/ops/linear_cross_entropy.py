@@ -102,9 +102,12 @@ def _save(ctx, inputs, output):
     ctx.arguments = arguments
     ctx.save_for_backward(hidden, weight, targets, lse)
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, _):
+    if dloss is None:
+        return (None,) * 7
     need_dhidden, need_dweight = ctx.needs_input_grad[:2]
     dhidden, dweight = torch.ops.llmcore.linear_cross_entropy_backward(
         dloss, *ctx.saved_tensors, *ctx.arguments, need_dhidden, need_dweight
@@ -117,10 +120,13 @@ def _save_gradients(ctx, inputs, output):
     ctx.needed = inputs[-2:]
     ctx.save_for_backward(dhidden, dweight)
     ctx.mark_non_differentiable(dhidden, dweight)
+    ctx.set_materialize_grads(False)  # or they would get gradients of zeros, which take as much memory again
 
 
 @once_differentiable  # the saved gradients are constants to autograd: second derivatives must fail, not come out wrong
 def _scale_gradients(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 10
     scale = _scaled if _may_overwrite(dloss) else torch.mul
     gradients = (scale(g, dloss) if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needed))
     return *gradients, None, None, None, None, None, None, None, None

@@ -114,9 +114,12 @@ def _save_dispatch(ctx, inputs, output):
     _, offsets, row_of = output
     ctx.save_for_backward(row_of)
     ctx.mark_non_differentiable(offsets, row_of)
+    ctx.set_materialize_grads(False)
 
 
 def _backward_dispatch(ctx, dx_sorted, *_):
+    if dx_sorted is None:
+        return None, None, None
     (row_of,) = ctx.saved_tensors
     return torch.ops.llmcore.moe_dispatch_backward(dx_sorted, row_of), None, None
 
