@@ -12,12 +12,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.cpu import Row, assert_close, name_of
 from llmcore import ops, reference
+from llmcore.inference.cache import cache_zeros
 
 BLOCK = 16
 VLLM_BLOCK = 32  # the least for its wide vectors
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 BATCHES = {1: (1024, 4096, 16384), 8: (1024, 4096, 16384), 64: (1024, 4096)}
 HEADS, KV_HEADS, DIM = 32, 8, 128
+
+
+def as_cached(tensor: Tensor) -> Tensor:
+    """A copy in memory like that of the engine's caches, for us and for peers."""
+    return cache_zeros(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 class Cache:
@@ -29,14 +35,14 @@ class Cache:
         shape = (blocks, BLOCK, kv_heads, dim)
         # large normal tensors take long to draw: a smaller one repeated will do
         some = torch.randn(min(blocks, 512), *shape[1:], generator=make).to(dtype)
-        self.k = some.repeat(-(-blocks // len(some)), 1, 1, 1)[:blocks].contiguous()
-        self.v = self.k.roll(1, 0)
+        self.k = as_cached(some.repeat(-(-blocks // len(some)), 1, 1, 1)[:blocks])
+        self.v = as_cached(self.k.roll(1, 0))
         self.table = torch.randperm(blocks, generator=make).view(batch, -1).int()
         self.lens = torch.full((batch,), length, dtype=torch.int32)
 
     def contiguous(self, cache: Tensor) -> Tensor:
         """(batch, kv_heads, length, dim)"""
-        return cache[self.table.long()].flatten(1, 2).transpose(1, 2).contiguous()
+        return as_cached(cache[self.table.long()].flatten(1, 2).transpose(1, 2))
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +56,7 @@ def vllm_call(q: Tensor, cache: Cache) -> Callable[[], Tensor]:
     batch, length, dtype = len(q), int(cache.lens[0]), q.dtype
     blocks = batch * length // VLLM_BLOCK
     table = torch.randperm(blocks, generator=torch.Generator().manual_seed(2)).view(batch, -1).int()
-    both = torch.empty(blocks, KV_HEADS, 2 * VLLM_BLOCK, DIM, dtype=dtype)
+    both = cache_zeros((blocks, KV_HEADS, 2 * VLLM_BLOCK, DIM), dtype=dtype)
     k, v = both.chunk(2, dim=2)
     slots = (table.long()[..., None] * VLLM_BLOCK + torch.arange(VLLM_BLOCK)).flatten()
     tokens = [cache.contiguous(t).transpose(1, 2).flatten(0, 1) for t in (cache.k, cache.v)]
@@ -98,7 +104,7 @@ def gqa(dtype: torch.dtype, batch: int, length: int) -> Row:
 def int8(batch: int, length: int) -> Row:
     cache = Cache(batch, length, KV_HEADS, DIM, torch.float32)
     q = torch.randn(batch, HEADS, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
-    k, v = (torch.zeros(t.shape, dtype=torch.int8) for t in (cache.k, cache.v))
+    k, v = (cache_zeros(t.shape, dtype=torch.int8) for t in (cache.k, cache.v))
     k_scale, v_scale = (torch.zeros(k.shape[:3]) for _ in range(2))
     slots = torch.arange(len(k) * BLOCK)
     ops.kv_cache_write(

@@ -4,6 +4,7 @@
 #include "classes.h"
 #include "gguf.h"
 #include "llmcore/build_config.h"
+#include "llmcore/huge_pages.h"
 #include "llmcore/isa.h"
 #include "loaded_symbol.h"
 #ifdef LLMCORE_EMULATE_CUDA
@@ -40,6 +41,10 @@ PYBIND11_MODULE(_C, m) {
     named["avx512_fp16"] = traits.avx512_fp16;
     return named;
   });
+  m.def(
+      "prefer_huge_pages",
+      [](uintptr_t address, int64_t bytes) { llmcore::prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      "Asks for huge pages under memory that is about to be written for the first time.");
   m.def("active_cpu_isa", [] { return llmcore::isa_name(llmcore::active_isa()); });
   m.def(
       "set_cpu_isa", [](const std::string& name) { return llmcore::set_isa(name.c_str()); },

@@ -47,6 +47,15 @@ class Saved:
     held: _Held
 
 
+def cache_zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """`torch.zeros`; on the CPU on pages of 2 MiB where the system grants them: a large cache is made sooner, since each
+    page fault clears as much, and reading it takes fewer translations of addresses."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if made.device.type == "cpu":
+        _C.prefer_huge_pages(made.data_ptr(), made.nbytes)
+    return made.zero_()
+
+
 class PagedKVCache:
     """Keys and values of every layer for any number of sequences, each known by an integer of the caller's choice.
 
@@ -76,13 +85,13 @@ class PagedKVCache:
         heads, k_dim, v_dim = config.cache_dims
         shape = (config.num_layers, num_blocks, block_size, heads)
         self.block_size, self.num_blocks, self.device = block_size, num_blocks, torch.device(device)
-        self._tensors = [torch.zeros(*shape, k_dim, dtype=dtype, device=device)]
+        self._tensors = [cache_zeros((*shape, k_dim), dtype=dtype, device=device)]
         self.k_caches = list(self._tensors[0])
         self.k_scales = self.v_scales = None
         if config.mla is not None:  # the latent is the value, and part of the key
             self.v_caches = [cache[..., :v_dim] for cache in self.k_caches]
         else:
-            self._tensors.append(torch.zeros(*shape, v_dim, dtype=dtype, device=device))
+            self._tensors.append(cache_zeros((*shape, v_dim), dtype=dtype, device=device))
             self.v_caches = list(self._tensors[1])
         if dtype in _EIGHT_BITS:
             scales = [torch.zeros(shape, device=device) for _ in range(2)]
