@@ -15,6 +15,7 @@ constexpr int64_t kMinColumnBlock = 4 * kPanel, kMaxColumnBlock = 4 * kBlockN;  
 constexpr int64_t kDirectRows = kFewRows;  // experts with so few rows read their weights once, unpacked
 constexpr int64_t kDirectColumns = 1024;   // of one of their tasks, at most
 constexpr int64_t kOuterRows = 8;          // experts with so few rows write their weights' gradient directly
+constexpr int64_t kStreamBytes = 8 << 20;  // gradients of weights from here on don't stay in the caches anyway
 
 LLMCORE_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 LLMCORE_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
@@ -150,7 +151,8 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
   const int64_t n_block = row_block(p.n), n_blocks = blocks(p.n, n_block);
   const int64_t columns = column_block(p.num_experts * n_blocks, p.k, par.threads), k_blocks = blocks(p.k, columns);
   GemmWorkers workers(par.threads, kRowBlock * columns);
-  prefer_huge_pages(p.dweight, p.num_experts * p.n * p.k * sizeof(T));  // a new tensor in every step
+  const int64_t bytes = p.num_experts * p.n * p.k * sizeof(T);
+  prefer_huge_pages(p.dweight, bytes);  // a new tensor in every step
   parallel_tasks(par, p.num_experts * n_blocks * k_blocks, [&](int64_t task, int64_t worker) {
     const int64_t e = task / (n_blocks * k_blocks), begin = p.offsets[e];
     const int64_t j = task / k_blocks % n_blocks * n_block, i = task % k_blocks * columns;
@@ -158,7 +160,10 @@ void weight_grad(const GroupedGemmWeightGradParams& p, const Parallel& par) {
     const T* dy = static_cast<const T*>(p.dy) + begin * p.dy_stride + j;
     const T* x = all_x.data() + begin * all_x.stride() + i;
     T* out = static_cast<T*>(p.dweight) + (e * p.n + j) * p.k + i;
-    if (rows == 0)  // most of the gradient when there are few tokens; memset need not read what it overwrites
+    if (rows == 0 && bytes >= kStreamBytes) {  // most of the gradient when there are few tokens
+      for (int64_t row = 0; row < n; ++row) stream_zeros(out + row * p.k, k * sizeof(T));
+      stream_fence();
+    } else if (rows == 0)
       for (int64_t row = 0; row < n; ++row) __builtin_memset(out + row * p.k, 0, k * sizeof(T));
     else if (rows <= kOuterRows)
       outer_products(rows, n, k, dy, p.dy_stride, x, all_x.stride(), out, p.k, workers.tile(worker));

@@ -250,6 +250,37 @@ LLMCORE_INLINE void store_n(T* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buf[i];
 }
 
+// Zeros past the caches: the lines that they fill are not read before. For memory that is not read again soon, and
+// before others learn that it is written stream_fence() must follow.
+LLMCORE_INLINE void stream_zeros(void* data, int64_t bytes) {
+#if defined(__AVX2__)
+  char* p = static_cast<char*>(data);
+  const int64_t before = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % sizeof(vi));
+  if (before < bytes) {
+    __builtin_memset(p, 0, before);
+    p += before, bytes -= before;
+    constexpr int64_t kBytes = sizeof(vi);
+    for (; bytes >= kBytes; p += kBytes, bytes -= kBytes) {
+      void* to = p;
+#if defined(__AVX512F__)
+      _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_setzero_si512());
+#else
+      for (int64_t i = 0; i < kBytes; i += 32)
+        _mm256_stream_si256(static_cast<__m256i*>(to) + i / 32, _mm256_setzero_si256());
+#endif
+    }
+  }
+  __builtin_memset(p, 0, bytes);
+#else
+  __builtin_memset(data, 0, bytes);
+#endif
+}
+LLMCORE_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes of x, the others 0.
 LLMCORE_INLINE vf first_n(vf x, int64_t n) { return n >= kLanes ? x : iota() < static_cast<int32_t>(n) ? x : zero(); }
 
