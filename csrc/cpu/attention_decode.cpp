@@ -329,7 +329,9 @@ class Decode {
     };
     const auto scores = [&] { return x.scores.data() + index() * rows * kTile; };
     each_head([&] { begin(t, x.q.data() + index() * rows * q_stride_, result(), range.index == 0); });
-    const int64_t k_span = span(range, p_.shape.head_dim), v_span = span(range, p_.shape.v_head_dim);
+    const int64_t k_ahead = keys_ahead(range, p_.shape.head_dim), v_ahead = keys_ahead(range, p_.shape.v_head_dim);
+    const bool one_head = range.head1 - range.head0 == 1;  // its keys come in order whatever the span
+    const int64_t k_span = one_head ? kTile : k_ahead, v_span = one_head ? kTile : v_ahead;
     const RowsView rows_view = view_rows(p_.mask, t, group_, 0, t.rows);
     for (int64_t key0 = range.first; key0 <= range.last; key0 += kTile) {
       const int64_t count = min64(kTile, range.last - key0 + 1);
@@ -345,7 +347,7 @@ class Decode {
       for (int64_t key = 0; key < count; key += k_span)
         each_seeing_head([&] {
           with_row_block(t.rows, [&](auto R) {
-            RowBlock<Math, R>::dots(t.rows, x.q.data() + index() * rows * q_stride_, q_stride_, {x.k, k_span}, key,
+            RowBlock<Math, R>::dots(t.rows, x.q.data() + index() * rows * q_stride_, q_stride_, {x.k, k_ahead}, key,
                                     min64(k_span, count - key), t.kv_head * p_.k_strides.head, p_.shape.head_dim,
                                     scores());
           });
@@ -359,7 +361,7 @@ class Decode {
           const void* weights = scores();
           if constexpr (Math::kKeysAtOnce == 2) weights = x.weights.data() + index() * rows * kTile;
           with_row_block(t.rows, [&](auto R) {
-            RowBlock<Math, R>::weigh(t.rows, static_cast<const typename Math::Weight*>(weights), {x.v, v_span}, key,
+            RowBlock<Math, R>::weigh(t.rows, static_cast<const typename Math::Weight*>(weights), {x.v, v_ahead}, key,
                                      min64(v_span, count - key), t.kv_head * p_.v_strides.head, p_.shape.v_head_dim,
                                      result().acc, width_);
           });
@@ -372,9 +374,9 @@ class Decode {
     });
   }
 
-  // Keys that take about kSpanBytes in all heads of a task. One head is in order whatever the span.
-  int64_t span(const Range& range, int64_t dim) const {
-    if (range.head1 - range.head0 == 1) return kTile;
+  // Keys that take about kSpanBytes in all heads of a task: as many are read of a head before the next head's turn, and
+  // so far ahead is asked for what comes. (More would leave L1 again before its turn.)
+  int64_t keys_ahead(const Range& range, int64_t dim) const {
     const int64_t block = keys_per_block(range.seq.num_q * group_);
     const int64_t keys = kSpanBytes / ((range.head1 - range.head0) * dim * static_cast<int64_t>(sizeof(Elem)));
     return min64(kTile, max64(block, keys / block * block));

@@ -48,8 +48,8 @@ class Saved:
 
 
 def cache_zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """`torch.zeros`; on the CPU on pages of 2 MiB where the system grants them: a large cache is made sooner, since each
-    page fault clears as much, and reading it takes fewer translations of addresses."""
+    """`torch.zeros`; on the CPU on pages of 2 MiB where the system grants them: a large cache is made sooner, since
+    each page fault clears as much, and reading it takes fewer translations of addresses."""
     made = torch.empty(shape, dtype=dtype, device=device)
     if made.device.type == "cpu":
         _C.prefer_huge_pages(made.data_ptr(), made.nbytes)
