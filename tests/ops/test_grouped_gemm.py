@@ -10,9 +10,11 @@ from llmcore import ops
 def nan_in_new_memory():
     """torch fills what torch.empty gives with NaN."""
     torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -29,5 +31,5 @@ def test_large_gradients_of_experts_without_rows_are_zeros(isa, dtype, nan_in_ne
     for e in range(experts):
         part = slice(int(offsets[e]), int(offsets[e + 1]))
         want = dy[part].double().t() @ x[part].double()
-        limit = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+        limit = torch.finfo(dtype).eps / 2 + 3e-7  # of one rounding, and of float32 sums of up to 9 products
         assert (dweight[e].double() - want).norm() <= limit * want.norm()  # exactly 0 without rows
